@@ -1,0 +1,1 @@
+"""From finished blocks to folders that other programs read."""

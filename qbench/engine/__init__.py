@@ -1,0 +1,1 @@
+"""The one block-reconstruction engine: executes plans. It names no method and no architecture."""

@@ -1,0 +1,101 @@
+"""The plan: what a method asks the engine to do with one block. The engine never learns which method asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from qbench.engine.activations import ActivationStats
+from qbench.models.base import BlockSpec
+from qbench.quant import uniform
+from qbench.quant.clipping import Clipping
+from qbench.quant.grid import Grid
+from qbench.quant.uniform import QuantizedWeight
+from qbench.scheme import Scheme
+from qbench.transforms.tensors import BlockTensors
+from qbench.transforms.transform import Transform
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """What a method sees of a block when it plans.
+
+    Attributes:
+        index: Position of the block, from 0.
+        n_blocks: Blocks of the model.
+        spec: Shapes and sites.
+        scheme: The numbers asked for.
+        grid: Grid of the weights.
+        tensors: float32 tensors of the block, on the compute device; not to be changed.
+        stats: Input statistics by linear role, on the full-precision path; empty unless the method needs them.
+    """
+
+    index: int
+    n_blocks: int
+    spec: BlockSpec
+    scheme: Scheme
+    grid: Grid
+    tensors: BlockTensors
+    stats: Mapping[str, ActivationStats]
+
+
+class Rounding(Protocol):
+    """A rounding rule: how a weight becomes codes once its ranges are fixed."""
+
+    def __call__(self, weight: Tensor, low: Tensor, high: Tensor, grid: Grid) -> QuantizedWeight:
+        """Weight [out, in] and ranges [out, groups] → integers."""
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Tensors a reconstruction loss may use, all [batch, tokens, hidden].
+
+    Attributes:
+        output: The quantized block on the quantized path.
+        target: The full-precision block on the full-precision path.
+        same_input_target: The full-precision block on the quantized path's input; None unless asked for.
+    """
+
+    output: Tensor
+    target: Tensor
+    same_input_target: Tensor | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the parameters of a plan are learned: AdamW, weight decay 0, constant rates.
+
+    Attributes:
+        epochs: Passes over the calibration windows.
+        transform_lr: Learning rate of maps and shifts.
+        clipping_lr: Learning rate of clipping logits.
+        loss: Scalar loss of `LossInputs`.
+        same_input_target: Whether the loss needs that target.
+    """
+
+    epochs: int
+    transform_lr: float
+    clipping_lr: float
+    loss: Callable[[LossInputs], Tensor]
+    same_input_target: bool = False
+
+
+@dataclass
+class BlockPlan:
+    """Transforms in order, then clipping, then exactly one rounding rule; learned if `training` is given."""
+
+    transforms: list[Transform] = field(default_factory=list)
+    clipping: Clipping | None = None
+    rounding: Rounding = uniform.round_to_nearest
+    training: Training | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs gathered before it can plan."""
+
+    activation_stats: bool = False

@@ -1,0 +1,368 @@
+"""Stream the model's blocks once and compute every lane's quantized version of each.
+
+A lane is one (method, scheme) being computed. A block's full-precision outputs and statistics are shared by all
+lanes; each lane keeps its own quantized-path activations, so that later blocks are fitted to what earlier ones
+really give. Only one block is on the device at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qbench.engine.activations import ActivationStats, Observer
+from qbench.engine.capture import block_inputs, move
+from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.hidden import HiddenStates, choose_placement
+from qbench.engine.optimize import fit
+from qbench.engine.plan import BlockPlan, BlockView, Needs
+from qbench.engine.prepare import PreparedBlock, block_tensors
+from qbench.engine.progress import Listener
+from qbench.engine.settings import EngineSettings
+from qbench.engine.state import BlockState
+from qbench.errors import NumericalError
+from qbench.models.base import BlockSpec
+from qbench.quant import uniform
+from qbench.quant.grid import Grid
+from qbench.quant.uniform import QuantizedWeight
+from qbench.results import BlockRecord, TransformRecord
+from qbench.scheme import Scheme
+from qbench.transforms.tensors import BlockTensors
+from qbench.transforms.transform import Transform, fold
+
+
+class Planner(Protocol):
+    """What the engine needs of a method."""
+
+    @property
+    def needs(self) -> Needs:
+        """Statistics to gather before planning."""
+
+    def plan(self, view: BlockView) -> BlockPlan:
+        """Decide what to do with one block."""
+
+
+@dataclass
+class Lane:
+    """One (method, scheme) on its way through the model.
+
+    Attributes:
+        name: For progress and errors.
+        planner: The method.
+        scheme: The numbers.
+        checkpoint: Where finished blocks go, or None to keep them in memory.
+    """
+
+    name: str
+    planner: Planner
+    scheme: Scheme
+    checkpoint: Checkpoint | None = None
+
+
+class LaneResult:
+    """Finished blocks of one lane, read from the checkpoint or from memory."""
+
+    def __init__(self, lane: Lane):
+        """Begin with no block."""
+        self.lane = lane
+        self.seconds = 0.0
+        self.peak_gpu_bytes: int | None = None
+        self._kept: list[BlockState] = []
+        self.records: list[BlockRecord] = []
+        self.transforms: list[list[TransformRecord]] = []
+        self.weight_bits = 0
+        self.error: NumericalError | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes of all blocks, each once."""
+        return list(dict.fromkeys(note for record in self.records for note in record.notes))
+
+    def add(self, index: int, state: BlockState, fresh: bool) -> None:
+        """Take a finished block."""
+        assert state.record is not None
+        self.records.append(state.record)
+        self.transforms.append(state.transforms)
+        self.weight_bits += state.weight_bits
+        if self.lane.checkpoint is None:
+            self._kept.append(state)
+        elif fresh:
+            self.lane.checkpoint.save(index, state)
+
+    def state(self, index: int) -> BlockState:
+        """Block `index`."""
+        return self._kept[index] if self.lane.checkpoint is None else self.lane.checkpoint.load(index)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+class _Stream:
+    """Full-precision path and shared facts of the pass through the model."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, settings: EngineSettings):
+        self.settings = settings
+        self.notes: list[str] = []
+        self.kwargs: dict[str, Any] = {}
+        self.inputs: HiddenStates
+        for i, (hidden, kwargs) in enumerate(block_inputs(model, blocks[0], ids)):
+            if i == 0:
+                shape = (len(ids), *hidden.shape[1:])
+                n_bytes = 4 * hidden.numel() * len(ids) * 4  # fp and quantized path, two targets, float32
+                placement = settings.placement or choose_placement(n_bytes, settings.device, settings.scratch)
+                self.inputs = HiddenStates(shape, settings.device, placement, folder=settings.scratch)
+                self.kwargs = move(kwargs, settings.device, torch.float32)
+            self.inputs.write(i, hidden.float())
+
+    def fall_back(self, what: str) -> None:
+        """Go from float16 to bfloat16 for the rest of the pass, if that is allowed; otherwise raise."""
+        if self.settings.autocast != torch.float16:
+            raise NumericalError(f"{what}: is the checkpoint damaged? Try --dtype float32 --autocast float32.")
+        if not self.settings.allow_fallback:
+            raise NumericalError(
+                f"{what} in float16, whose largest value is 65504. Use --autocast bfloat16 or float32, or "
+                "--allow-fallback to go on in bfloat16 with a note in the row."
+            )
+        self.settings = replace(self.settings, autocast=torch.bfloat16)
+        self.notes.append(f"{what} in float16: the run went on in bfloat16")
+
+    def forward(self, block: PreparedBlock, inputs: HiddenStates) -> HiddenStates:
+        """Outputs of a loaded block for all windows."""
+        outputs = inputs.empty_like()
+        self.each(block, inputs, lambda start, out: outputs.write(start, out))
+        return outputs
+
+    @torch.no_grad()
+    def each(self, block: PreparedBlock, inputs: HiddenStates, use: Callable[[int, Tensor], None]) -> None:
+        """Call use(first window, outputs) for batches of windows."""
+        size = self.settings.forward_batch(inputs.shape[1])
+        for start in range(0, len(inputs), size):
+            with self.settings.autocast_context():
+                out = block(inputs.read(start, min(start + size, len(inputs))), **self.kwargs)
+            use(start, out.float())
+
+    def relative_error(self, block: PreparedBlock, inputs: HiddenStates, target: HiddenStates) -> float:
+        """MSE(block(inputs), target) / mean(target²)."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.settings.device)
+
+        def accumulate(start: int, out: Tensor) -> None:
+            goal = target.read(start, start + out.shape[0])
+            sums[0] += (out - goal).square().sum(dtype=torch.float64)
+            sums[1] += goal.square().sum(dtype=torch.float64)
+
+        self.each(block, inputs, accumulate)
+        error, energy = sums.tolist()
+        return error / energy if energy else 0.0
+
+
+def reconstruct(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    spec: BlockSpec,
+    lanes: Sequence[Lane],
+    ids: Tensor,
+    settings: EngineSettings,
+    listener: Listener | None = None,
+) -> list[LaneResult]:
+    """Quantize every block for every lane; the model itself is left unchanged.
+
+    Args:
+        model: Causal language model using the registered attention, on the CPU or any device.
+        blocks: Its decoder layers, in order.
+        spec: Their description.
+        lanes: What to compute; each gives exactly what it would give alone.
+        ids: Calibration windows [n, seq].
+        settings: Device, precision, batch size, placement.
+        listener: Told of progress.
+
+    Returns:
+        One result per lane, in order. A lane that broke down has its `error` set and the blocks before it.
+
+    Raises:
+        NumericalError: If the full-precision model itself gives values that are not finite.
+    """
+    listener = listener or Listener()
+    listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
+    stream = _Stream(model, blocks, ids, settings)
+    listener.stage("quantize")
+    listener.blocks(len(blocks), [lane.name for lane in lanes])
+    results = [LaneResult(lane) for lane in lanes]
+    q_inputs = [stream.inputs] * len(lanes)  # never written to: each block's outputs are a new array
+    needs_stats = any(lane.planner.needs.activation_stats for lane in lanes)
+
+    for index, module in enumerate(blocks):
+        prepared = PreparedBlock(module, spec).to(settings.device, torch.float32)
+        base = block_tensors(module, spec, settings.device, torch.float32)
+        prepared.load(base)
+        observer = Observer(prepared, ids.shape[1])
+        with observer if needs_stats else nullcontext():
+            fp_outputs = stream.forward(prepared, stream.inputs)
+            if not fp_outputs.all_finite():
+                stream.fall_back(f"The full-precision outputs of block {index} are not finite")
+                observer.stats.clear()
+                fp_outputs = stream.forward(prepared, stream.inputs)
+        for i, lane in enumerate(lanes):
+            if results[i].error is not None:
+                continue
+            done = lane.checkpoint is not None and index < len(lane.checkpoint)
+            listener.block_start(lane.name, index, done)
+            started = time.perf_counter()
+            if settings.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(settings.device)
+            if done:
+                assert lane.checkpoint is not None
+                state = lane.checkpoint.load(index)
+            else:
+                try:
+                    state = _quantize_block(
+                        lane, index, len(blocks), prepared, base, observer.stats, stream, q_inputs[i], fp_outputs, listener
+                    )  # fmt: skip
+                except NumericalError as error:  # this lane ends here, the others go on
+                    results[i].error = NumericalError(f"{lane.name}, block {index}: {error}")
+                    listener.note(str(results[i].error))
+                    continue
+            _as_stored(prepared, state, lane.scheme, settings)
+            outputs = stream.forward(prepared, q_inputs[i])
+            if not done:
+                assert state.record is not None
+                state.record = _with_errors(state.record, stream, prepared, outputs, fp_outputs, started)
+            q_inputs[i] = outputs
+            results[i].add(index, state, fresh=not done)
+            results[i].seconds += results[i].records[-1].seconds
+            if settings.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(settings.device)
+                results[i].peak_gpu_bytes = max(peak, results[i].peak_gpu_bytes or 0)
+            listener.block_end(lane.name, results[i].records[-1])
+        stream.inputs = fp_outputs
+    return results
+
+
+def _as_stored(prepared: PreparedBlock, state: BlockState, scheme: Scheme, settings: EngineSettings) -> None:
+    """Load the block exactly as its integers give it, operands quantized."""
+    prepared.load(state.tensors(settings.device)).quantize_operands(
+        scheme, settings.zero_in_range, settings.attention_granularity
+    )
+
+
+def _quantize_block(
+    lane: Lane,
+    index: int,
+    n_blocks: int,
+    prepared: PreparedBlock,
+    base: BlockTensors,
+    stats: dict[str, ActivationStats],
+    stream: _Stream,
+    q_inputs: HiddenStates,
+    fp_outputs: HiddenStates,
+    listener: Listener,
+) -> BlockState:
+    """Plan, fit, fold and round one block for one lane."""
+    settings, scheme = stream.settings, lane.scheme
+    grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
+    if scheme.is_identity:  # nothing to do, bit for bit
+        return _finish(base, BlockPlan(), grid, index, [])
+    view = BlockView(index, n_blocks, prepared.spec, scheme, grid, base, stats)
+    plan = _plan(lane, view, settings)
+    losses: list[float] = []
+    if plan.training is not None:
+        same_input = None
+        if plan.training.same_input_target:
+            prepared.load(base).quantize_operands(None)
+            same_input = stream.forward(prepared, q_inputs)
+        prepared.quantize_operands(scheme, settings.zero_in_range, settings.attention_granularity)
+
+        def train(plan: BlockPlan, settings: EngineSettings) -> list[float]:
+            return fit(
+                prepared, plan, base, grid, q_inputs, fp_outputs, same_input, stream.kwargs, settings,
+                lambda epoch, epochs, loss: listener.epoch(lane.name, index, epoch, epochs, loss),
+            )  # fmt: skip
+
+        try:
+            losses = train(plan, settings)
+        except NumericalError:
+            if settings.autocast != torch.float16 or not settings.allow_fallback:
+                raise
+            plan = _plan(lane, view, settings)
+            plan.notes.append(f"block {index} fitted in bfloat16: float16 gave a loss that is not finite")
+            losses = train(plan, replace(settings, autocast=torch.bfloat16))
+    plan.notes.extend(stream.notes)
+    return _finish(fold(base, plan.transforms), plan, grid, index, losses)
+
+
+def _plan(lane: Lane, view: BlockView, settings: EngineSettings) -> BlockPlan:
+    """The method's plan, its parameters on the device."""
+    plan = lane.planner.plan(view)
+    for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
+        part.to(settings.device)
+    return plan
+
+
+def _finish(folded: BlockTensors, plan: BlockPlan, grid: Grid, index: int, losses: list[float]) -> BlockState:
+    """Round folded weights to codes over the plan's ranges."""
+    linears: dict[str, QuantizedWeight | Tensor] = {}
+    for role, weight in folded.weight.items():
+        if grid.bits >= 16:
+            linears[role] = weight
+            continue
+        ranges = plan.clipping.ranges(role, weight, grid) if plan.clipping else uniform.extremes(weight, grid)
+        linears[role] = plan.rounding(weight, *ranges, grid)
+        if not bool(linears[role].scale.isfinite().all()):
+            raise NumericalError(f"Block {index}: the scales of {role} are not finite after folding the transforms.")
+    learned = {f"{t.site.name}.{name}": p.detach() for t in plan.transforms for name, p in t.named_parameters()}
+    if plan.clipping is not None:
+        learned |= {f"clipping.{name}": p.detach() for name, p in plan.clipping.named_parameters()}
+    conditions = {f"condition.{t.site.name}": t.condition() for t in plan.transforms}
+    record = BlockRecord(
+        index=index,
+        seconds=0.0,
+        losses=losses,
+        local_error=None,
+        accumulated_error=None,
+        notes=list(plan.notes),
+        extras={name: value for name, value in conditions.items() if value is not None},
+    )
+    folded.weight = {}
+    return BlockState(linears, folded, learned, record, [_describe(t) for t in plan.transforms])
+
+
+def _describe(transform: Transform) -> TransformRecord:
+    cost = transform.cost()
+    return TransformRecord(
+        site=transform.site.name,
+        kind=transform.kind,
+        foldable=cost.foldable,
+        function_preserving=transform.function_preserving,
+        stored_bits=cost.stored_bits,
+        flops_per_token=cost.flops_per_token,
+        note=None if transform.function_preserving else f"{transform.site.name} transform does not commute with RoPE",
+    )
+
+
+def _with_errors(
+    record: BlockRecord,
+    stream: _Stream,
+    prepared: PreparedBlock,
+    outputs: HiddenStates,
+    fp_outputs: HiddenStates,
+    started: float,
+) -> BlockRecord:
+    """Complete a record: error on full-precision inputs (local), and of the whole path so far (accumulated)."""
+    sums = torch.zeros(2, dtype=torch.float64, device=stream.settings.device)
+    for i in range(len(outputs)):
+        goal = fp_outputs.read(i, i + 1)
+        sums[0] += (outputs.read(i, i + 1) - goal).square().sum(dtype=torch.float64)
+        sums[1] += goal.square().sum(dtype=torch.float64)
+    error, energy = sums.tolist()
+    return record.model_copy(
+        update={
+            "local_error": stream.relative_error(prepared, stream.inputs, fp_outputs),
+            "accumulated_error": error / energy if energy else 0.0,
+            "seconds": time.perf_counter() - started,
+        }
+    )

@@ -1,0 +1,55 @@
+"""EngineSettings: where and in which arithmetic the engine works. Nothing here says what is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qbench.engine.hidden import Placement
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Resolved by the runner; plain values.
+
+    Attributes:
+        device: Where one block at a time is computed.
+        autocast: Half-precision type of the block's products, or None for float32. Targets, training and
+            propagation all use it, but for 8-bit operands (see `autocast_for`).
+        batch_size: Windows per optimizer step.
+        micro_batch: Windows per forward pass within a step; transforms and weight quantization are shared.
+        placement: Where hidden states live; None chooses by free memory.
+        zero_in_range: See `Grid`.
+        attention_granularity: See `engine.attention.Operands`.
+        cuda_graph: Capture the optimizer step (one GPU launch per step); eager where capture fails.
+        allow_fallback: Where float16 overflows, go on in bfloat16 and say so in the row, instead of stopping.
+        scratch: Folder for memory-mapped hidden states.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None = None
+    batch_size: int = 1
+    micro_batch: int | None = None
+    placement: Placement | None = None
+    zero_in_range: bool = True
+    attention_granularity: Literal["per_head", "per_token"] = "per_head"
+    cuda_graph: bool = True
+    allow_fallback: bool = False
+    scratch: Path | None = None
+
+    def forward_batch(self, seq_len: int) -> int:
+        """Windows per forward pass where no gradient is kept: about 2k tokens on a CPU, 16k on a GPU."""
+        tokens = 16384 if self.device.type == "cuda" else 2048
+        return max(1, tokens // seq_len)
+
+    def autocast_context(self) -> Any:
+        """Context of a block's forward pass."""
+        return torch.autocast(
+            self.device.type,
+            dtype=self.autocast or torch.bfloat16,
+            enabled=self.autocast is not None,
+            cache_enabled=False,  # substituted weights change every step
+        )

@@ -1,0 +1,127 @@
+"""AffineQuant: learn affine equivalent transformations (matrices, not only diagonals) and weight clipping.
+
+Paper: Ma et al. 2024, arXiv 2403.12544, §3; reference bytedance/AffineQuant@0f3ba93, quantize/affinequant.py.
+We differ (docs/methods/affinequant.md has the reasons): under rotary embedding the query–key transform is a scaled
+rotation or a tied scale per channel pair (`query_key="published"` for the dense or untied form); only diagonals
+are kept away from zero (`truncate="all"` for every entry); initial scales use |W|; the mask uses exact integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from qbench.engine.losses import mse, mse_with_auxiliary
+from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
+from qbench.methods.base import Method
+from qbench.models.base import BlockSpec, Site
+from qbench.quant.clipping import Clipping
+from qbench.scheme import Scheme
+from qbench.engine.initial import initial_scale, initial_shift
+from qbench.transforms.transform import DiagonalTransform, MatrixTransform, RotationTransform, Transform
+
+
+class AffineQuant(Method):
+    """Learned affine transformations under a gradual mask, with learned weight clipping."""
+
+    name: ClassVar[str] = "affinequant"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2403.12544"
+    published_form: ClassVar[Mapping[str, Any]] = {"query_key": "published", "truncate": "all"}
+
+    lwc: bool = Field(True, description="Learn weight clipping.")
+    let: bool = Field(True, description="Learn the affine transformation.")
+    use_ln_matrix: bool | None = Field(
+        None, description="Full matrices after the norms (kept at run time). Preset: on for weight-only schemes."
+    )
+    use_matrix: bool | None = Field(
+        None, description="Per-head matrices at query_key. Preset: on where activations are quantized."
+    )
+    shift: bool = Field(True, description="Learn a shift as well; on LLaMA it leaves a bias behind each RMSNorm.")
+    sf: float | None = Field(
+        None, gt=0, le=1, description="Stability factor of off-diagonal entries. Preset: 0.01 weight-only, else 0.1."
+    )
+    gradual: bool = Field(True, description="Widen the mask from the diagonal epoch by epoch; off: full band at once.")
+    query_key: Literal["legal", "published"] = Field(
+        "legal", description="Under rotary embedding: what commutes with it, or the published form, which does not."
+    )
+    truncate: Literal["diagonal", "all"] = Field(
+        "diagonal", description="Entries kept at least 0.01 from zero; all: the published form, off-diagonals too."
+    )
+    epochs: int | None = Field(None, ge=1, description="Passes over the windows. Preset: 20; 40 for 2-bit weights.")
+    let_lr: float = Field(5e-3, gt=0, description="Learning rate of matrices, scales and shifts.")
+    lwc_lr: float = Field(1e-2, gt=0, description="Learning rate of the clipping logits.")
+    alpha: float = Field(0.5, ge=0, le=1, description="Initial balance of activations and weights.")
+    aug_loss: bool | None = Field(
+        None, description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit."
+    )
+
+    @property
+    def needs(self) -> Needs:
+        """Ranges of the activations, for the initial scales and shifts."""
+        return Needs(activation_stats=self.let)
+
+    def resolve(self, scheme: Scheme, family: str) -> Self:
+        """The recipes of the authors' scripts by scheme and family."""
+        weight_only = scheme.abits >= 16
+        two_bits = weight_only and scheme.wbits <= 2
+        llama = family == "llama"
+        recipe = {
+            "use_ln_matrix": weight_only,
+            "use_matrix": not weight_only,
+            "sf": 1e-2 if weight_only and llama else 0.1,
+            "epochs": 40 if two_bits else 20,
+            "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
+        }
+        return self.model_copy(update={k: v for k, v in recipe.items() if getattr(self, k) is None})
+
+    def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
+        """See `Method`."""
+        notes = []
+        if self.let and self.query_key == "published" and spec.rope:
+            notes.append("query_key transform in its published form, which does not preserve the function under RoPE")
+        if self.let and self.use_ln_matrix:
+            notes.append("needs a hidden×hidden product after each norm at run time, counted in bits/weight")
+        return notes
+
+    def plan(self, view: BlockView) -> BlockPlan:
+        """See `Method`."""
+        transforms = [t for site in view.spec.sites.values() if (t := self._at(view, site))] if self.let else []
+        clipping = Clipping(view.spec.shapes, view.grid) if self.lwc and view.grid.bits < 16 else None
+        training = None
+        if transforms or clipping is not None:
+            assert self.epochs is not None
+            loss = mse_with_auxiliary if self.aug_loss else mse
+            training = Training(self.epochs, self.let_lr, self.lwc_lr, loss, bool(self.aug_loss))
+        return BlockPlan(transforms, clipping, training=training)
+
+    def _at(self, view: BlockView, site: Site) -> Transform | None:
+        """The transform of one site, or None where AffineQuant has none (mlp_out)."""
+        spec = view.spec
+        if site.kind == "hidden":
+            return None
+        scale = initial_scale(view, site, self.alpha)
+        shift = initial_shift(view, site) if self.shift and site.kind != "query_key" else None
+        legal_rope = spec.rope and self.query_key == "legal"
+        if site.kind == "query_key" and not self.use_matrix:
+            return DiagonalTransform(spec, site, scale, paired=legal_rope)
+        if site.kind == "query_key" and legal_rope:
+            return RotationTransform(spec, site)
+        if site.kind == "norm" and not self.use_ln_matrix:
+            return DiagonalTransform(spec, site, scale, shift)
+        assert self.sf is not None
+        return MatrixTransform(
+            spec, site, scale, shift, stability_factor=self.sf, guard=self.truncate, gradual=self.gradual
+        )
+
+    @classmethod
+    def presets(cls) -> dict[str, str]:
+        """See `Method`."""
+        return {
+            "LLaMA, weight-only": "lwc, let, use_ln_matrix, sf 0.01, 20 epochs; 2 bits: aug_loss, 40 epochs",
+            "LLaMA, W4A4": "lwc, let, use_matrix, aug_loss, sf 0.1, 20 epochs",
+            "OPT, weight-only": "lwc, let, use_ln_matrix, sf 0.1, 20 epochs; 2 bits: 40 epochs "
+            "(published sf by size: 125m 1.0, 1.3b and 2.7b 0.1, 13b and larger 0.01)",
+            "other quantized activations": "lwc, let, use_matrix, sf 0.1, 20 epochs",
+        }

@@ -1,0 +1,155 @@
+"""Load a causal language model by hub name, local folder or embedded name, and describe it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qbench.errors import ConfigError, DataError, UnsupportedSchemeError, suggest
+from qbench.models import ARCHITECTURES
+from qbench.models.base import Architecture, BlockSpec
+
+ASSETS = Path(__file__).parent.parent / "assets"
+EMBEDDED = ("tiny-llama", "tiny-opt")
+
+
+@dataclass
+class LoadedModel:
+    """A model on the CPU with its tokenizer and description.
+
+    Attributes:
+        name: As asked for.
+        model: The transformers model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        architecture: The description that matched its `model_type`.
+        spec: The description read off its first block.
+        max_seq_len: Longest sequence it takes.
+        location: Folder it was read from, or the hub name.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    architecture: Architecture
+    spec: BlockSpec
+    max_seq_len: int
+    location: str
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Decoder layers in order."""
+        return self.model.get_submodule(self.architecture.blocks)
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters, tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def resolve_location(name: str) -> str:
+    """Folder of an embedded model, an existing local folder, or the hub name unchanged.
+
+    Raises:
+        ConfigError: If the name looks like a path and nothing is there.
+    """
+    if name in EMBEDDED:
+        return str(ASSETS / name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise DataError(f"Model folder {name} has no config.json: is it a saved transformers model?")
+        return str(path)
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name
+    if looks_local and name not in ("gpt2",):
+        raise ConfigError(
+            f"No model {name!r}: not a folder here and not an embedded model.{suggest(name, EMBEDDED)} "
+            f"Embedded: {', '.join(EMBEDDED)}; otherwise give a folder or a hub name such as facebook/opt-125m."
+        )
+    return name
+
+
+def architecture_for(config: Any) -> Architecture:
+    """The description of a model type.
+
+    Raises:
+        UnsupportedSchemeError: Lists what is supported, or says why this variant is not.
+    """
+    for key in ARCHITECTURES.names():
+        architecture: Architecture = ARCHITECTURES.load(key)
+        if config.model_type in architecture.model_types:
+            if (reason := architecture.refuse(config)) is not None:
+                raise UnsupportedSchemeError(f"{reason}.")
+            return architecture
+    raise UnsupportedSchemeError(
+        f"Model type {config.model_type!r} is not supported. Supported: {', '.join(ARCHITECTURES.names())}. "
+        "Adding one is a description of tens of lines (qbench/models/llama.py)."
+    )
+
+
+def choose_dtype(asked: str, n_parameters: int, on_gpu: bool) -> torch.dtype:
+    """Precision a model is loaded and evaluated in: float32 on a CPU and up to 10⁹ parameters, else bfloat16.
+
+    float16 is never chosen by itself: attention logits of some models leave its range.
+    """
+    if asked != "auto":
+        return getattr(torch, asked)
+    return torch.bfloat16 if on_gpu and n_parameters > 10**9 else torch.float32
+
+
+def load_model(
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str = "auto",
+    on_gpu: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load model and tokenizer to the CPU.
+
+    Args:
+        name: Hub name, folder, `tiny-llama` or `tiny-opt`.
+        revision: Branch, tag or commit of a hub model.
+        dtype: `auto` or a torch dtype's name, see `choose_dtype`.
+        on_gpu: Whether evaluation will run on a GPU.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ConfigError: Unknown name.
+        DataError: Unreadable files, weights that are not finite.
+        UnsupportedSchemeError: A model type without a description.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    location = resolve_location(name)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(location, **common)
+        architecture = architecture_for(config)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **common)
+        tokenizer = AutoTokenizer.from_pretrained(location, **common)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"Cannot load model {name!r}: {first} Give a folder saved by save_pretrained, or a hub name that can be "
+            "reached from here."
+        ) from error
+    model = model.eval().requires_grad_(False)
+    model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
+    for parameter_name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise DataError(f"Model {name!r} has weights that are not finite (first: {parameter_name}).")
+    blocks: Sequence[nn.Module] = model.get_submodule(architecture.blocks)
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        spec=architecture.block_spec(blocks[0], config),
+        max_seq_len=config.max_position_embeddings,
+        location=location,
+    )

@@ -1,0 +1,183 @@
+"""Columns and numbers: how a comparison's values are written, the same in a terminal, in Markdown and in LaTeX.
+
+Digits follow the papers (12.34), ± follows its value's decimals, and a missing value is a dash, never a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+from qbench.reports.comparison import Comparison, ModelTable, Row, Score
+from qbench.results import BASELINE, split_metric
+
+MISSING = "—"
+SHORT_NAMES = {"perplexity": "ppl", BASELINE: "FP"}
+GIB = 1 << 30
+# Least needed first: what a narrow terminal leaves out. Method, scheme and the values themselves always stay.
+DROP_ORDER = (
+    "contract", "CPU memory", "GPU memory", "time", "± of ratio", "bits/weight", "ratio", "± of value"
+)  # fmt: skip
+COST = {"bits/weight", "time", "GPU memory", "CPU memory", "contract"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of one model's table: the header's lines, and a cell for each row of each block."""
+
+    kind: str  # a name of DROP_ORDER, or "method", "scheme", "value", which stay
+    header: tuple[str, ...]
+    cells: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The header in one line."""
+        return " ".join(self.header).replace("/ ", "/")
+
+
+def columns(
+    table: ModelTable, comparison: Comparison, metrics: Sequence[str], dropped: Set[str] = frozenset()
+) -> list[Column]:
+    """All columns that are not dropped and not empty throughout."""
+    rows = [row for block in table.blocks for row in block.rows]
+    found = [
+        Column("method", ("method",), tuple(_label(row, comparison) for row in rows)),
+        Column("scheme", ("scheme",), tuple(row.result.scheme for row in rows)),
+    ]
+    reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
+    for key in metrics:
+        scores = [row.scores.get(key) for row in rows]
+        task, metric = split_metric(key)
+        higher = any(row.result.metrics[key].higher_is_better for row in rows if key in row.result.metrics)
+        name = f"{SHORT_NAMES.get(metric, metric)} {'↑' if higher else '↓'}"
+        values = _values(scores, with_interval="± of value" not in dropped)
+        found.append(Column("value", (*_folded(task), name), values))
+        ratios = _ratios(scores, with_interval="± of ratio" not in dropped)
+        found.append(Column("ratio", (f"÷ {reference}",), ratios))
+    costs = [row.result.cost for row in rows]
+    found += [
+        Column("bits/weight", ("bits/", "weight"), tuple(_bits(row.result.bits_per_weight) for row in rows)),
+        Column("time", ("time",), tuple(format_seconds(cost.seconds) for cost in costs)),
+        Column("GPU memory", ("GPU", "GiB"), tuple(_gib(cost.peak_gpu_bytes) for cost in costs)),
+        Column("CPU memory", ("CPU", "GiB"), tuple(_gib(cost.peak_cpu_bytes) for cost in costs)),
+        Column("contract", ("contract",), tuple(row.result.contract[:8] for row in rows)),
+    ]
+    return [
+        column
+        for column in found
+        if column.kind not in dropped and (column.kind == "value" or any(c != MISSING for c in column.cells))
+    ]
+
+
+def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = "*") -> list[str]:
+    """What stands below a table: marks (`best` being how the best is marked), protocols, columns left out, notes."""
+    lines = []
+    scores = [s for t in comparison.tables for b in t.blocks for row in b.rows for s in row.scores.values()]
+    marks = {score.mark for score in scores}
+    if "best" in marks:
+        tied = "; ≈ tied with it (paired, 95%, Holm)" if "tied" in marks else ""
+        lines.append(f"{best} best of its scheme{tied}")
+    reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
+    if any(score.half_width is not None for score in scores) and "± of value" not in dropped:
+        paired = any(score.ratio_half_width is not None for score in scores) and "± of ratio" not in dropped
+        lines.append("± 95% interval" + (f"; of ÷ {reference}: paired window by window" if paired else ""))
+    for key, protocol in dict.fromkeys(
+        (key, protocol) for table in comparison.tables for key, protocol in table.protocols.items()
+    ):
+        lines.append(f"{' '.join(_short_metric(key))}: {protocol}")
+    contracts = dict.fromkeys(contract[:8] for table in comparison.tables for contract in table.contracts)
+    lines.append(f"contract {', '.join(contracts)}")
+    if dropped:
+        names = [kind for kind in DROP_ORDER if kind in dropped]
+        lines.append(f"not shown at this width: {', '.join(names)} (--format csv has everything)")
+    return lines + [f"[{number}] {note}" for note, number in comparison.footnotes.items()]
+
+
+def _short_metric(key: str) -> tuple[str, str]:
+    task, metric = split_metric(key)
+    return task, SHORT_NAMES.get(metric, metric)
+
+
+def _label(row: Row, comparison: Comparison) -> str:
+    numbers = ",".join(str(comparison.footnotes[note]) for note in row.notes)
+    return f"{row.label} [{numbers}]" if numbers else row.label
+
+
+def _folded(task: str, width: int = 14) -> tuple[str, ...]:
+    """A task's name in header lines of at most 14 characters."""
+    return tuple(task[i : i + width] for i in range(0, len(task), width))
+
+
+def format_value(value: float) -> str:
+    """About four significant digits, as papers print a perplexity; never an exponent below 100,000."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else MISSING
+    size = abs(value)
+    return f"{value:.{_decimals(size)}f}" if size < 1e5 else f"{value:.2e}"
+
+
+def _decimals(size: float) -> int:
+    return 3 if size < 10 else 2 if size < 1000 else 1
+
+
+def format_half_width(half_width: float, value: float) -> str:
+    """± with the value's decimals, or with one significant digit where those would show ±0."""
+    if not math.isfinite(half_width):
+        return ""
+    if half_width == 0 or abs(value) >= 1e5:
+        return f"±{half_width:.2g}"
+    return f"±{half_width:.{max(_decimals(abs(value)), -math.floor(math.log10(half_width)))}f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """12.3s, 4m05s, 1h02m; a row that took no time has none."""
+    if seconds <= 0:
+        return MISSING
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def _bits(bits: float | None) -> str:
+    return MISSING if bits is None else f"{bits:.2f}"
+
+
+def _gib(size: int | None) -> str:
+    return MISSING if size is None else f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"
+
+
+def is_best(cell: str) -> bool:
+    """Whether a value's cell carries the mark of the best."""
+    return cell.endswith("*")
+
+
+def _values(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, ...]:
+    """Cells such as `12.34 ±0.56 *`: digits, ± and mark each in line with those of the other rows."""
+    marks = [{"best": " *", "tied": " ≈"}.get(score.mark or "", "") if score else "" for score in scores]
+    return _aligned(
+        [
+            None if score is None else (score.value, score.half_width if with_interval else None)
+            for score in scores
+        ],
+        marks,
+    )
+
+
+def _ratios(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, ...]:
+    pairs = [
+        None if score is None or score.ratio is None
+        else (score.ratio, score.ratio_half_width if with_interval else None)
+        for score in scores
+    ]  # fmt: skip
+    return _aligned(pairs, [""] * len(pairs))
+
+
+def _aligned(pairs: Sequence[tuple[float, float | None] | None], marks: Sequence[str]) -> tuple[str, ...]:
+    halves = ["" if p is None or p[1] is None else " " + format_half_width(p[1], p[0]) for p in pairs]
+    half, mark = max(map(len, halves), default=0), max(map(len, marks), default=0)
+    return tuple(
+        MISSING if pair is None else format_value(pair[0]) + halves[i].ljust(half) + marks[i].ljust(mark)
+        for i, pair in enumerate(pairs)
+    )

@@ -1,0 +1,172 @@
+"""Linear maps that a transform applies: a diagonal, or a matrix per head.
+
+Row convention throughout: an activation row x becomes x' = (x − δ)·A⁻¹ and its consumer W' = W·Aᵀ, so that
+x'W'ᵀ + (b + Wδ) = xWᵀ + b. A diagonal A is a vector. Channels are split into `groups` of `width` (heads of
+head_dim, or one group of everything).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class _Inverse(torch.autograd.Function):
+    """Matrix inverse whose backward reuses the inverse: ∂L/∂A = −Xᵀ (∂L/∂X) Xᵀ with X = A⁻¹."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        inverse, _ = torch.linalg.inv_ex(matrix)  # no error check: that would wait for the device
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        transposed = inverse.mT
+        return -(transposed @ grad @ transposed)
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Inverse of [..., n, n]; one call per optimizer step serves weights and biases.
+
+    A singular matrix gives non-finite entries, which the engine reports through the loss.
+    """
+    return _Inverse.apply(matrix)
+
+
+class Map(Protocol):
+    """A, acting on channels split into [groups, width]."""
+
+    def undo_rows(self, x: Tensor) -> Tensor:
+        """x·A⁻¹ for rows x [..., groups·width]: an activation, or the bias that produces it."""
+
+    def apply_rows(self, x: Tensor) -> Tensor:
+        """x·Aᵀ for rows x [..., groups·width]: a consumer's weight, or the second operand's bias."""
+
+    def undo_outputs(self, weight: Tensor) -> Tensor:
+        """A⁻ᵀ·W for a producer's weight [groups·width, in]."""
+
+    def apply_outputs(self, weight: Tensor) -> Tensor:
+        """A·W for the second operand's weight [groups·width, in]."""
+
+    def repeat(self, times: int) -> Map:
+        """The same map for `times` consecutive copies of each group (query heads of one key/value head)."""
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """A = diag(scale), scale [groups, width]."""
+
+    scale: Tensor
+
+    def undo_rows(self, x: Tensor) -> Tensor:
+        """x / scale."""
+        return x / self.scale.reshape(-1)
+
+    def apply_rows(self, x: Tensor) -> Tensor:
+        """x · scale."""
+        return x * self.scale.reshape(-1)
+
+    def undo_outputs(self, weight: Tensor) -> Tensor:
+        """Rows divided by scale."""
+        return weight / self.scale.reshape(-1, 1)
+
+    def apply_outputs(self, weight: Tensor) -> Tensor:
+        """Rows multiplied by scale."""
+        return weight * self.scale.reshape(-1, 1)
+
+    def repeat(self, times: int) -> Diagonal:
+        """See `Map`."""
+        return self if times == 1 else Diagonal(self.scale.repeat_interleave(times, 0))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A block-diagonal of matrices [groups, width, width] with its inverse (one group: a full matrix)."""
+
+    matrix: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Blocks:
+        """Invert once for all uses."""
+        return cls(matrix, inverse(matrix))
+
+    def undo_rows(self, x: Tensor) -> Tensor:
+        """x·A⁻¹ within each group."""
+        return _rows_times(x, self.inverse)
+
+    def apply_rows(self, x: Tensor) -> Tensor:
+        """x·Aᵀ within each group."""
+        return _rows_times(x, self.matrix.mT)
+
+    def undo_outputs(self, weight: Tensor) -> Tensor:
+        """A⁻ᵀ·W within each group."""
+        return _times_columns(self.inverse.mT, weight)
+
+    def apply_outputs(self, weight: Tensor) -> Tensor:
+        """A·W within each group."""
+        return _times_columns(self.matrix, weight)
+
+    def repeat(self, times: int) -> Blocks:
+        """See `Map`."""
+        if times == 1:
+            return self
+        return Blocks(self.matrix.repeat_interleave(times, 0), self.inverse.repeat_interleave(times, 0))
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """A = [[a, −b], [b, a]] on each pair of channels (i, i + width/2) of each group; a, b [groups, width/2].
+
+    These scaled rotations are exactly the matrices that commute with rotary position embedding in the half-split
+    layout of transformers. A⁻¹ = Aᵀ/(a² + b²).
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def undo_rows(self, x: Tensor) -> Tensor:
+        """x·A⁻¹."""
+        norm = self.a.square() + self.b.square()
+        return _rotate(x, self.a / norm, self.b / norm)
+
+    def apply_rows(self, x: Tensor) -> Tensor:
+        """x·Aᵀ."""
+        return _rotate(x, self.a, self.b)
+
+    def undo_outputs(self, weight: Tensor) -> Tensor:
+        """A⁻ᵀ·W, column by column the same as rows times A⁻¹."""
+        return self.undo_rows(weight.mT).mT
+
+    def apply_outputs(self, weight: Tensor) -> Tensor:
+        """A·W."""
+        return self.apply_rows(weight.mT).mT
+
+    def repeat(self, times: int) -> Rotations:
+        """See `Map`."""
+        return Rotations(self.a.repeat_interleave(times, 0), self.b.repeat_interleave(times, 0))
+
+
+def _rotate(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    first, second = x.reshape(*x.shape[:-1], a.shape[0], 2, a.shape[1]).unbind(-2)
+    return torch.stack((first * a - second * b, first * b + second * a), -2).reshape(x.shape)
+
+
+def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
+    groups, width, _ = matrix.shape
+    if groups == 1:
+        return x @ matrix[0]
+    rows = x.reshape(-1, groups, width).transpose(0, 1)  # [groups, rows, width]
+    return (rows @ matrix).transpose(0, 1).reshape(x.shape)
+
+
+def _times_columns(matrix: Tensor, weight: Tensor) -> Tensor:
+    groups, width, _ = matrix.shape
+    return (matrix @ weight.reshape(groups, width, -1)).reshape(weight.shape)

@@ -1,0 +1,241 @@
+"""Transform: learnable parameters at one site, and what it costs to keep them.
+
+A transform builds a map (`maps.py`) and a shift from its parameters and hands them to `sites.rewrite`. The same
+`apply` trains (float32, with gradients) and folds (float64, on a copy).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qbench.models.base import BlockSpec, Site
+from qbench.transforms.maps import Blocks, Diagonal, Map, Rotations
+from qbench.transforms.mask import bandwidth, gradual_mask
+from qbench.transforms.sites import rewrite
+from qbench.transforms.tensors import BlockTensors
+
+Guard = Literal["diagonal", "all"]
+GUARD_MIN = 1e-2  # truncate_number of both authors' codes
+
+
+@dataclass(frozen=True)
+class TransformCost:
+    """What remains of a transform after folding.
+
+    Attributes:
+        foldable: Nothing of it is computed at run time; added biases of linears count as folded.
+        stored_bits: Bits per block for tensors that the original block does not have.
+        flops_per_token: Per block, multiply and add counted separately.
+    """
+
+    foldable: bool
+    stored_bits: int
+    flops_per_token: int
+
+
+class Transform(nn.Module):
+    """A map and a shift at one site. Subclasses hold the map's parameters."""
+
+    kind = "shift"
+
+    def __init__(self, spec: BlockSpec, site: Site, shift: Tensor | None = None):
+        """Keep the site and, if given, a learnable shift that starts at `shift` [channels]."""
+        super().__init__()
+        self.spec, self.site = spec, site
+        self.shift = None if shift is None else nn.Parameter(shift.clone())
+
+    @property
+    def function_preserving(self) -> bool:
+        """False only for published forms that do not commute with rotary embedding."""
+        return True
+
+    def build_map(self) -> Map | None:
+        """A, differentiable in the parameters."""
+        return None
+
+    def apply_to(self, tensors: BlockTensors) -> None:
+        """Rewrite the block's tensors in place."""
+        rewrite(tensors, self.spec, self.site, self.build_map(), self.shift)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before each epoch; matrices widen their band."""
+
+    def guard_(self) -> None:
+        """Keep the map away from singularity, in place, before each optimizer step."""
+
+    def condition(self) -> float | None:
+        """Largest 2-norm condition number over the map's groups, or None for a diagonal."""
+        return None
+
+    def folded_copy(self) -> Transform:
+        """A float64 copy without gradients, for the fold."""
+        shared = {id(self.spec): self.spec, id(self.site): self.site}
+        return copy.deepcopy(self, shared).double().requires_grad_(False)
+
+    def cost(self) -> TransformCost:
+        """Cost after folding, for one block."""
+        bits = flops = 0
+        if self.shift is not None:
+            for role in (*self.site.consumers, *([self.site.producer] if self.site.kind != "norm" else [])):
+                if role not in self.spec.biased:
+                    bits += 16 * self.spec.shapes[role][0]
+                    flops += self.spec.shapes[role][0]
+            if self._shifts_rms_norm:
+                bits += 16 * self.spec.hidden_size
+                flops += self.spec.hidden_size
+        return TransformCost(not self._shifts_rms_norm, bits, flops)
+
+    @property
+    def _shifts_rms_norm(self) -> bool:
+        return self.shift is not None and self.site.kind == "norm" and not self.spec.norm_bias
+
+
+class DiagonalTransform(Transform):
+    """A positive or negative scale per channel, optionally tied within rotary pairs."""
+
+    kind = "diagonal"
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        site: Site,
+        scale: Tensor,
+        shift: Tensor | None = None,
+        *,
+        paired: bool = False,
+    ):
+        """Start at `scale` [channels]; `paired` ties channels i and i + width/2 (starts at their mean)."""
+        super().__init__(spec, site, shift)
+        groups = spec.n_kv_heads if site.kind in ("value", "query_key") else 1
+        grouped = scale.reshape(groups, -1)
+        if paired:
+            grouped = grouped.reshape(groups, 2, -1).mean(1)
+        self.paired = paired
+        self.scale = nn.Parameter(grouped.clone())
+
+    @property
+    def function_preserving(self) -> bool:
+        """An unpaired scale does not commute with rotary embedding."""
+        return self.site.kind != "query_key" or self.paired or not self.spec.rope
+
+    def build_map(self) -> Map:
+        """See `Transform`."""
+        return Diagonal(torch.cat((self.scale, self.scale), -1) if self.paired else self.scale)
+
+    @torch.no_grad()
+    def guard_(self) -> None:
+        """See `Transform`."""
+        _push_from_zero(self.scale)
+
+
+class MatrixTransform(Transform):
+    """A matrix per head, or one full matrix, under the gradual mask."""
+
+    kind = "matrix"
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        site: Site,
+        diagonal: Tensor,
+        shift: Tensor | None = None,
+        *,
+        stability_factor: float,
+        guard: Guard = "diagonal",
+        gradual: bool = True,
+    ):
+        """Start at diag(`diagonal`) [channels]; heads are blocks, a norm site is one block."""
+        super().__init__(spec, site, shift)
+        groups = spec.n_kv_heads if site.kind in ("value", "query_key") else 1
+        self.matrix = nn.Parameter(torch.diag_embed(diagonal.reshape(groups, -1)))
+        self.stability_factor, self.guard, self.gradual = stability_factor, guard, gradual
+        self.mask: Tensor
+        self.register_buffer("mask", torch.empty_like(self.matrix[0]))
+        self.set_epoch(0, 1)
+
+    @property
+    def function_preserving(self) -> bool:
+        """A dense matrix does not commute with rotary embedding."""
+        return self.site.kind != "query_key" or not self.spec.rope
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Fill the mask in place, so that a captured step sees the new band."""
+        size = self.mask.shape[0]
+        band = bandwidth(size, epoch, epochs) if self.gradual else size
+        self.mask.copy_(gradual_mask(size, band, self.stability_factor, self.mask))
+
+    def effective(self) -> Tensor:
+        """P ∘ Γ, [groups, width, width]."""
+        return self.matrix * self.mask
+
+    def build_map(self) -> Map:
+        """See `Transform`."""
+        return Blocks.of(self.effective())
+
+    @torch.no_grad()
+    def guard_(self) -> None:
+        """The diagonal, or in the published form every entry that has left zero."""
+        _push_from_zero(self.matrix if self.guard == "all" else self.matrix.diagonal(dim1=-2, dim2=-1))
+
+    @torch.no_grad()
+    def condition(self) -> float:
+        """See `Transform`; of the map that acts, scaled by its diagonal (which is folded exactly)."""
+        effective = self.effective().double().cpu()
+        scaled = effective / effective.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        return float(torch.linalg.cond(scaled).max())
+
+    def cost(self) -> TransformCost:
+        """A matrix after a norm stays at run time; per-head matrices fold."""
+        shift = super().cost()
+        if self.site.kind != "norm":
+            return shift
+        size = self.matrix.shape[-1]
+        return TransformCost(False, shift.stored_bits + 16 * size**2, shift.flops_per_token + 2 * size**2)
+
+
+class RotationTransform(Transform):
+    """A scaled rotation per rotary pair: all that a matrix at `query_key` may be under rotary embedding."""
+
+    kind = "rotation"
+
+    def __init__(self, spec: BlockSpec, site: Site):
+        """Start at the identity."""
+        super().__init__(spec, site)
+        shape = (spec.n_kv_heads, spec.head_dim // 2)
+        self.a, self.b = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+
+    def build_map(self) -> Map:
+        """See `Transform`."""
+        return Rotations(self.a, self.b)
+
+    @torch.no_grad()
+    def guard_(self) -> None:
+        """See `Transform`."""
+        _push_from_zero(self.a)
+
+
+def _push_from_zero(x: Tensor) -> None:
+    """Move entries with 0 < |x| < 1e-2 out to ±1e-2, in place (x may be a view)."""
+    x.copy_(torch.where(x.abs() < GUARD_MIN, x.sign() * GUARD_MIN, x))
+
+
+def apply_all(base: BlockTensors, transforms: Sequence[Transform]) -> BlockTensors:
+    """Tensors of the block after all transforms, in order; `base` is left as it was."""
+    tensors = base.copy()
+    for transform in transforms:
+        transform.apply_to(tensors)
+    return tensors
+
+
+def fold(base: BlockTensors, transforms: Sequence[Transform]) -> BlockTensors:
+    """The same in float64 and without gradients, for good; returned in the dtype of `base`."""
+    with torch.no_grad():
+        dtype = next(iter(base.weight.values())).dtype
+        folded = apply_all(base.map(lambda t: t.double()), [t.folded_copy() for t in transforms])
+        return folded.map(lambda t: t.to(dtype))

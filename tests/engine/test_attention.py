@@ -1,0 +1,102 @@
+"""The registered attention is SDPA with its masks: nothing attends to the future, to padding, or past a window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qbench.engine import attention
+from qbench.engine.attention import Operands
+from qbench.quant.grid import Grid
+from qbench.quant.uniform import fake_quantize
+from tests.blocks import VARIANTS, blocks_of
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request, build_tiny) -> nn.Module:
+    family, changes = VARIANTS[request.param]
+    built = build_tiny(family, **changes)
+    built.set_attn_implementation(attention.register())
+    return built
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+
+def test_logits_equal_those_of_sdpa(model: nn.Module, tokens) -> None:
+    ours = logits(model, tokens)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(ours, logits(model, tokens))
+    model.set_attn_implementation("eager")
+    assert torch.allclose(ours, logits(model, tokens), rtol=1e-3, atol=1e-4)
+
+
+def test_no_token_sees_the_future(model: nn.Module, tokens) -> None:
+    changed = tokens.clone()
+    changed[:, 15] = (changed[:, 15] + 1) % 90 + 3
+    before, after = logits(model, tokens), logits(model, changed)
+    assert torch.equal(before[:, :15], after[:, :15])
+    assert (before[:, 15:] - after[:, 15:]).abs().amax((0, 2)).min() > 0
+
+
+def test_padding_is_not_attended_to_and_causality_holds_beside_it(model: nn.Module, tokens) -> None:
+    """With a mask the backend cannot fall back on its causal flag: an implementation without one fails here."""
+    pad = 7
+    padded = torch.cat((torch.full((len(tokens), pad), 5), tokens), 1)
+    mask = torch.ones_like(padded)
+    mask[:, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    kwargs = {"attention_mask": mask, "position_ids": positions}
+    alone, beside = logits(model, tokens), logits(model, padded, **kwargs)
+    assert torch.allclose(beside[:, pad:], alone, rtol=1e-3, atol=1e-4)
+    other = padded.clone()
+    other[:, :pad] = 9
+    assert torch.allclose(logits(model, other, **kwargs)[:, pad:], beside[:, pad:], rtol=1e-3, atol=1e-4)
+    changed = padded.clone()
+    changed[:, 20] = 4
+    assert torch.equal(logits(model, changed, **kwargs)[:, pad:20], beside[:, pad:20])
+
+
+def test_a_sliding_window_is_kept(build_tiny, tokens) -> None:
+    model = build_tiny("mistral", sliding_window=4, num_hidden_layers=1)
+    model.set_attn_implementation(attention.register())
+    changed = tokens.clone()
+    changed[:, 2] = 4
+    before, after = logits(model, tokens), logits(model, changed)
+    assert not torch.equal(before[:, 5], after[:, 5])
+    assert torch.equal(before[:, 6:], after[:, 6:])  # token 2 has left every window
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(before, logits(model, tokens))
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt"])
+def test_a_block_asks_for_quantized_operands_by_its_attribute(build_tiny, tokens, variant: str) -> None:
+    model = build_tiny(*VARIANTS[variant][:1])
+    model.set_attn_implementation(attention.register())
+    plain = logits(model, tokens)
+    for block in blocks_of(model):
+        setattr(block.self_attn, attention.ATTRIBUTE, Operands(None, None))
+    assert torch.equal(logits(model, tokens), plain)
+    setattr(blocks_of(model)[1].self_attn, attention.ATTRIBUTE, Operands(Grid(2), Grid(2)))
+    assert not torch.allclose(logits(model, tokens), plain, rtol=1e-2, atol=1e-2)
+
+
+def test_granularity_decides_which_elements_share_a_range() -> None:
+    x = torch.randn(2, 4, 5, 8)  # [batch, heads, tokens, head_dim]
+    x[:, 0] *= 30  # one head of outliers
+    per_head = Operands(None, None).quantize(x, Grid(4))
+    per_token = Operands(None, None, "per_token").quantize(x, Grid(4))
+    for batch in range(2):
+        for token in range(5):
+            rows = x[batch, :, token]
+            assert torch.equal(per_head[batch, :, token], torch.stack([fake_quantize(row, Grid(4)) for row in rows]))
+            assert torch.equal(per_token[batch, :, token], fake_quantize(rows.reshape(-1), Grid(4)).reshape(4, 8))
+    assert per_token[:, 1:].eq(0).float().mean() > 0.5, "outliers of one head cost the others their resolution"
+    assert Operands(None, None).quantize(x, None) is x
+
+
+def test_registering_twice_is_harmless() -> None:
+    assert attention.register() == attention.register() == "qbench"

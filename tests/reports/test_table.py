@@ -1,0 +1,167 @@
+"""What the printed table must never do: cut a number, lose a column in silence, or run over its width."""
+
+import re
+
+import pytest
+from fake_results import baseline, make_result, make_run
+from rich.cells import cell_len
+
+from qbench.errors import ConfigError
+from qbench.reports.columns import columns, format_half_width, format_seconds, format_value
+from qbench.reports.comparison import compare
+
+WIDTHS = [200, 120, 100, 80, 70, 60, 50, 45]
+DROPPED = "not shown at this width: "
+
+
+def lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def body(text: str) -> list[str]:
+    """Lines of the tables, without the legend."""
+    found = lines(text)
+    return found[: next(i for i, line in enumerate(found) if line.startswith("* best"))]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_table_fits_and_every_number_is_whole(tasks: int, width: int) -> None:
+    comparison = compare(make_run(tasks=tasks))
+    text = comparison.render("table", width)
+    assert max(cell_len(line) for line in lines(text)) <= width
+    table = comparison.tables[0]
+    full = columns(table, comparison, table.metrics)
+    printed = set(re.findall(r"[^\s]+", "\n".join(body(text))))
+    for column in full:
+        if column.kind in ("method", "scheme", "value"):
+            for cell in column.cells:
+                assert set(cell.split()) <= printed, cell
+    whole = {piece for column in full for cell in column.cells for piece in cell.split()}
+    whole |= {piece for column in full for line in column.header for piece in line.split()}
+    cut = {piece for piece in printed - whole if not set(piece) <= {"─"} and piece != "ref-llama-14m"}
+    assert not cut
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_columns_go_in_the_stated_order_and_the_table_says_so(width: int) -> None:
+    order = [
+        "contract",
+        "CPU memory",
+        "GPU memory",
+        "time",
+        "± of ratio",
+        "bits/weight",
+        "ratio",
+        "± of value",
+    ]
+    text = " ".join(lines(compare(make_run()).render("table", width)))
+    gone = text.partition(DROPPED)[2].partition(" (--format")[0].split(", ") if DROPPED in text else []
+    assert gone == order[: len(gone)]
+    head = text.partition("─")[0]
+    assert ("contract" in head) == ("contract" not in gone)
+    assert ("÷ FP" in head) == ("ratio" not in gone)
+    assert ("weight" in head) == ("bits/weight" not in gone)
+    assert len(re.findall("GiB", head)) == 2 - ("CPU memory" in gone) - ("GPU memory" in gone)
+
+
+def test_wide_enough_shows_everything() -> None:
+    text = compare(make_run()).render("table", 120)
+    assert DROPPED not in text
+    assert re.search(r"affinequant \[1,2\] +W3A16 +26\.66 ±4\.37 \* +1\.059 ±0\.003 +3\.13 +3m12s", text)
+    assert re.search(r"full-precision +W16A16 +25\.17 ±4\.15 +1\.000 +16\.00 +— +— +—", text)
+
+
+def test_a_terminal_that_is_far_too_narrow_still_gets_whole_numbers() -> None:
+    text = compare(make_run(tasks=2)).render("table", 25)
+    for number in ("28.23 *", "121.34 *", "43.91", "200.21"):
+        assert number in text
+
+
+def test_many_metrics_become_several_tables_with_the_costs_kept() -> None:
+    text = compare(make_run(tasks=7)).render("table", 80)
+    assert sum("─" in line for line in lines(text)) == 4
+    assert "weight" in text and "3m12s" in text
+    assert "± of ratio, ratio" in " ".join(lines(text))
+
+
+def test_rows_of_mixed_protocols_show_their_contract_at_any_width() -> None:
+    rows = [*make_run(("W4A4",)), make_result("gptq", contract="e" * 64)]
+    for width in (120, 60, 50):
+        text = "\n".join(body(compare(rows, allow_mixed=True).render("table", width)))
+        assert text.count("eeeeeeee") >= 1 and "3f9a1c77" in text
+
+
+def test_a_long_label_wraps_between_words() -> None:
+    options = [{"let_lr": 0.001, "alpha": 0.75, "use_ln_matrix": use} for use in (True, False)]
+    options[1]["let_lr"] = 0.005
+    text = compare(
+        [baseline(), *(make_result("affinequant", options=o, extra=o["let_lr"]) for o in options)]
+    ).render("table", 80)
+    assert max(cell_len(line) for line in lines(text)) <= 80
+    assert "use_ln_matrix=true" in text and "let_lr=0.001" in text
+
+
+def test_markup_in_names_is_text() -> None:
+    text = compare(
+        [baseline(model="[bold]x[/]"), make_result("rtn", model="[bold]x[/]", notes=["see [1]"])]
+    ).render("table", 100)
+    assert "[bold]x[/]" in text and "[1] see [1]" in text
+
+
+def test_protocol_contract_and_notes_stand_below() -> None:
+    text = compare(make_run()).render("table", 120)
+    assert "wikitext2 ppl: wikitext2 (1024, non-overlapping, test), n=64" in text
+    assert "contract 3f9a1c77" in text
+    assert "[1] attention logits overflow float16" in text
+    assert text.count("attention logits overflow") == 1
+
+
+def test_missing_is_a_dash_and_an_all_missing_column_is_not_printed() -> None:
+    rows = [baseline(), make_result("rtn"), make_result("gptq", extra=0.2, metrics={}, bits_per_weight=None)]
+    for row in rows:
+        object.__setattr__(row.cost, "peak_gpu_bytes", None)
+    text = compare(rows).render("table", 120)
+    assert "GPU" not in text
+    assert "GPU" not in compare(rows).render("table", 50)  # nor is it named among the columns left out
+    assert "CPU memory" in compare(rows).render("table", 50)
+    assert re.search(r"gptq +W4A4 +— +— +— +12\.5s", text)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.12345, "1.123"), (9.9994, "9.999"), (25.171, "25.17"), (999.994, "999.99"), (1234.56, "1234.6"),
+     (99999.0, "99999.0"), (123456.0, "1.23e+05"), (float("inf"), "∞"), (float("nan"), "—"), (-0.5, "-0.500")],
+)  # fmt: skip
+def test_values(value: float, text: str) -> None:
+    assert format_value(value) == text
+
+
+@pytest.mark.parametrize(
+    ("half_width", "value", "text"),
+    [(4.153, 25.17, "±4.15"), (0.00432, 1.128, "±0.004"), (0.0004, 1.128, "±0.0004"), (0.004, 25.0, "±0.004"),
+     (0.0, 25.0, "±0"), (float("inf"), 25.0, ""), (12000.0, 2e5, "±1.2e+04")],
+)  # fmt: skip
+def test_a_half_width_never_shows_as_zero_unless_it_is(half_width: float, value: float, text: str) -> None:
+    assert format_half_width(half_width, value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "—"),
+        (0.44, "0.4s"),
+        (59.94, "59.9s"),
+        (59.97, "1m00s"),
+        (192, "3m12s"),
+        (3599.6, "1h00m"),
+        (7320, "2h02m"),
+    ],
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Unknown format 'markdwn'. Did you mean 'markdown'"):
+        compare([baseline()]).render("markdwn")
