@@ -89,10 +89,10 @@ class QuantizerConfig(_Section):
     zero_in_range: bool = Field(
         True, description="Widen every range to contain 0, as packed formats need. false: the published form."
     )
-    attention_granularity: Literal["per_head", "per_token"] = Field(
+    attention_granularity: Literal["per_head", "per_token", "published"] = Field(
         "per_head",
-        description="Ranges of q, k and v: one per token and head, or one per token over all heads, as the authors' "
-        "OPT code has it.",
+        description="Ranges of q, k and v: one per token and head, or one per token over all heads; "
+        "published: per token on OPT, per head on LLaMA, as the authors' code has it.",
     )
 
 

@@ -111,7 +111,15 @@ class TransformRecord(_Record):
 
 
 class Result(_Record):
-    """One row of a table: one method at one scheme on one model."""
+    """One row of a table: one method at one scheme on one model.
+
+    Attributes:
+        id: Hash of what the row means: contract, method, options and scheme.
+        bits_per_weight: Stored bits of the blocks' linears over their weights, scales, zero points and run-time
+            transforms included; embeddings and head are not in it.
+        contract: Hash of everything that is not the method (`provenance.contract`), of these `contract_fields`.
+        transforms: Of the first block; the others have the same.
+    """
 
     schema_version: int = SCHEMA_VERSION
     id: str = Field(min_length=12)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -161,9 +161,16 @@ def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> E
         micro_batch=compute.micro_batch,
         placement=None if compute.hidden_states == "auto" else compute.hidden_states,
         zero_in_range=config.quantizer.zero_in_range,
-        attention_granularity=config.quantizer.attention_granularity,
+        attention_granularity=_granularity(config.quantizer.attention_granularity, loaded),
         allow_fallback=compute.allow_fallback,
     )
+
+
+def _granularity(asked: str, loaded: LoadedModel) -> Literal["per_head", "per_token"]:
+    """Of q, k and v; the authors' OPT code quantizes them before the split into heads, their LLaMA code after it."""
+    if asked == "published":
+        return "per_token" if loaded.spec.family == "opt" else "per_head"
+    return "per_token" if asked == "per_token" else "per_head"
 
 
 def _lanes(
@@ -173,7 +180,7 @@ def _lanes(
     lanes, problems = [], []
     for scheme in schemes:
         for method in methods:
-            resolved = method.resolve(scheme, loaded.architecture.family)
+            resolved = method.resolve(scheme, loaded.spec)
             try:
                 resolved.check(scheme, loaded.spec)
             except UnsupportedSchemeError as error:

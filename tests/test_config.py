@@ -103,7 +103,9 @@ def test_hash_changes_with_every_field_but_places() -> None:
 
 
 def test_order_of_options_does_not_matter() -> None:
-    one, two = (RunConfig(methods=[{"name": "m", "options": o}]) for o in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
+    one, two = (
+        RunConfig(methods=[{"name": "m", "options": o}]) for o in ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    )
     assert one.hash() == two.hash() and one.canonical() == two.canonical()
 
 

@@ -253,7 +253,7 @@ def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         request["schemes"] = schemes
     if given["published_form"]:
         _put(request, "quantizer.zero_in_range", False)
-        _put(request, "quantizer.attention_granularity", "per_token")
+        _put(request, "quantizer.attention_granularity", "published")
     config = validated(RunConfig, request, "the run's configuration")
     settings = [
         _Setting(None, name, given[f"method__{name}"], "--" + name.replace("_", "-"))

@@ -40,7 +40,11 @@ class AffineQuant(Method):
     )
     shift: bool = Field(True, description="Learn a shift as well; on LLaMA it leaves a bias behind each RMSNorm.")
     sf: float | None = Field(
-        None, gt=0, le=1, description="Stability factor of off-diagonal entries. Preset: 0.01 weight-only, else 0.1."
+        None,
+        gt=0,
+        le=1,
+        description="Stability factor of off-diagonal entries. Preset: 0.01 weight-only (OPT: by size), else 0.1.",
+    
     )
     gradual: bool = Field(True, description="Widen the mask from the diagonal epoch by epoch; off: full band at once.")
     query_key: Literal["legal", "published"] = Field(
@@ -62,15 +66,15 @@ class AffineQuant(Method):
         """Ranges of the activations, for the initial scales and shifts."""
         return Needs(activation_stats=self.let)
 
-    def resolve(self, scheme: Scheme, family: str) -> Self:
+    def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
         """The recipes of the authors' scripts by scheme and family."""
         weight_only = scheme.abits >= 16
         two_bits = weight_only and scheme.wbits <= 2
-        llama = family == "llama"
+        llama = spec.family == "llama"
         recipe = {
             "use_ln_matrix": weight_only,
             "use_matrix": not weight_only,
-            "sf": 1e-2 if weight_only and llama else 0.1,
+            "sf": 0.1 if not weight_only else 1e-2 if llama else _opt_stability_factor(scheme, spec.hidden_size),
             "epochs": 40 if two_bits else 20,
             "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
         }
@@ -121,7 +125,20 @@ class AffineQuant(Method):
         return {
             "LLaMA, weight-only": "lwc, let, use_ln_matrix, sf 0.01, 20 epochs; 2 bits: aug_loss, 40 epochs",
             "LLaMA, W4A4": "lwc, let, use_matrix, aug_loss, sf 0.1, 20 epochs",
-            "OPT, weight-only": "lwc, let, use_ln_matrix, sf 0.1, 20 epochs; 2 bits: 40 epochs "
-            "(published sf by size: 125m 1.0, 1.3b and 2.7b 0.1, 13b and larger 0.01)",
+            "OPT, weight-only": "lwc, let, use_ln_matrix, 20 epochs (2 bits: 40); sf by size: 125m 1.0; 1.3b 0.1; "
+            "2.7b, 6.7b 0.1 at W3A16 (2.7b also at W2A16g128), else 1.0; 13b and larger 0.01",
             "other quantized activations": "lwc, let, use_matrix, sf 0.1, 20 epochs",
         }
+
+
+def _opt_stability_factor(scheme: Scheme, hidden_size: int) -> float:
+    """The authors' weight-only OPT scripts, by model: 125m, 1.3b (2048), 2.7b (2560), 6.7b (4096), 13b and larger."""
+    if hidden_size >= 5120:
+        return 1e-2
+    if hidden_size == 2048:
+        return 0.1
+    if hidden_size in (2560, 4096):
+        ungrouped_three = scheme.wbits == 3 and scheme.group_size is None
+        grouped_two = hidden_size == 2560 and scheme.wbits == 2 and scheme.group_size == 128
+        return 0.1 if ungrouped_three or grouped_two else 1.0
+    return 1.0

@@ -32,7 +32,7 @@ class Method(BaseModel):
         """Statistics the engine gathers before `plan`."""
         return Needs()
 
-    def resolve(self, scheme: Scheme, family: str) -> Self:
+    def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
         """Fill options left at None from the published recipe for this scheme and model family."""
         return self
 

@@ -121,7 +121,7 @@ def _subjects() -> Iterator[_Subject]:
 def _method(cls: type[Method], scheme: Scheme, subject: _Subject) -> Method:
     """The method as a user gets it, with few epochs."""
     options = {"epochs": EPOCHS} if "epochs" in cls.model_fields else {}
-    return cls(**options).resolve(scheme, subject.architecture.family)
+    return cls(**options).resolve(scheme, subject.spec)
 
 
 def _run(cls: type[Method], subject: _Subject, *schemes: str, folder: Path | None = None) -> list[LaneResult]:

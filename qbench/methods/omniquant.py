@@ -58,10 +58,10 @@ class OmniQuant(Method):
         """Ranges of the activations, for the initial scales."""
         return Needs(activation_stats=self.let is not False)
 
-    def resolve(self, scheme: Scheme, family: str) -> Self:
+    def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
         """The recipes of the paper's scripts: specs by scheme and family."""
         weight_only = scheme.abits >= 16
-        llama = family == "llama"
+        llama = spec.family == "llama"
         two_bits = weight_only and scheme.wbits <= 2
         recipe = {
             "let": not (llama and weight_only),

@@ -39,11 +39,11 @@ class SmoothQuant(Method):
         """Largest absolute activations."""
         return Needs(activation_stats=True)
 
-    def resolve(self, scheme: Scheme, family: str) -> Self:
+    def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
         """See `Method`."""
         if self.alpha is not None:
             return self
-        return self.model_copy(update={"alpha": 0.5 if family == "opt" else 0.8})
+        return self.model_copy(update={"alpha": 0.5 if spec.family == "opt" else 0.8})
 
     def check(self, scheme: Scheme, spec: BlockSpec) -> None:
         """See `Method`."""

@@ -43,6 +43,7 @@ class BlockSpec:
     """One decoder layer of a concrete model.
 
     Attributes:
+        family: `llama` or `opt`: which published recipes apply.
         linears: Path inside the block by role, in the order of data flow.
         norms: Path by name.
         attention: Path of the attention module.
@@ -54,6 +55,7 @@ class BlockSpec:
         missing_sites: Why a site that other models have is absent, by name.
     """
 
+    family: Literal["llama", "opt"]
     linears: Mapping[str, str]
     norms: Mapping[str, str]
     attention: str
@@ -149,6 +151,7 @@ class Architecture:
         n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
         sites, missing = self._sites(block, config)
         return BlockSpec(
+            family=self.family,
             linears=MappingProxyType(dict(self.linears)),
             norms=MappingProxyType(dict(self.norms)),
             attention=self.attention,

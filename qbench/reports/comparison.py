@@ -317,6 +317,12 @@ def _notes(result: Result) -> tuple[str, ...]:
         sites = ", ".join(sorted({f"{t.site} ({t.kind})" for t in staying}))
         flops, stored = sum(t.flops_per_token for t in staying), sum(t.stored_bits for t in staying)
         notes.append(
-            f"not foldable, stays at run time: {sites}; {flops / 1e6:.3g} MFLOP per token, {stored / 8e6:.3g} MB stored"
+            f"not foldable, stays at run time: {sites}; per block {_si(flops)}FLOP per token, {_si(stored / 8)}B stored"
         )
     return tuple(dict.fromkeys(notes))
+
+
+def _si(number: float) -> str:
+    """Three digits and a prefix: 33_600_000 -> "33.6 M"."""
+    power = next(power for power in (4, 3, 2, 1, 0) if number >= 1000**power or power == 0)
+    return f"{number / 1000**power:.3g} {' kMGT'[power].strip()}"

@@ -217,7 +217,7 @@ def test_published_form(configured) -> None:
     )
     config = configured(arguments)
     assert [m.options for m in config.methods] == [{}, {"query_key": "published"}, {"published": False}]
-    assert not config.quantizer.zero_in_range and config.quantizer.attention_granularity == "per_token"
+    assert not config.quantizer.zero_in_range and config.quantizer.attention_granularity == "published"
     assert configured().quantizer.zero_in_range
 
 

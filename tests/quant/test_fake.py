@@ -44,13 +44,19 @@ def rows() -> Tensor:
 
 
 def logits(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Clipping strong enough that elements fall outside the grid; one row at the same strength on both sides."""
+    """Clipping strong enough that elements fall outside the grid; one row at the same strength on both sides.
+
+    Where a one-sided range is not widened, its inner end is made the larger one: only a symmetric scale can bear it.
+    """
     shape = (x.shape[0], grid.n_groups(x.shape[-1]))
     generator = torch.Generator().manual_seed(6)
     upper, lower = (
         0.5 * torch.randn(shape, dtype=torch.float64, generator=generator) + 0.8 for _ in range(2)
     )
     lower[5] = upper[5]
+    if grid.symmetric and not grid.zero_in_range:
+        upper[1], lower[1] = -4.0, 3.0
+        upper[2], lower[2] = 3.0, -4.0
     return upper, lower
 
 
@@ -213,6 +219,17 @@ def test_activations_of_any_rank_are_quantized_per_token() -> None:
     found = fake_quantize(x, Grid(4))
     for token, value in zip(x.reshape(-1, 16), found.reshape(-1, 16), strict=True):
         assert torch.equal(value, uniform.fake_quantize(token, Grid(4)))
+
+
+def test_memory_layout_does_not_matter() -> None:
+    """Attention operands arrive transposed."""
+    x = torch.randn(4, 6, 8, dtype=torch.float64)
+    weights = torch.randn(6, 4, 8, dtype=torch.float64)
+    grid = Grid(3, group_size=4)
+    (strided,) = gradients_of(lambda x: fake_quantize(x.transpose(0, 1), grid), [x], weights)
+    (packed,) = gradients_of(called(fake_quantize, grid), [x.transpose(0, 1).contiguous()], weights)
+    assert torch.equal(strided.transpose(0, 1), packed)
+    assert torch.equal(fake_quantize(x.transpose(0, 1), grid), fake_quantize(x, grid).transpose(0, 1))
 
 
 def test_weight_without_gradient_still_trains_its_logits() -> None:

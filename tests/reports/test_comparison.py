@@ -210,6 +210,7 @@ def test_notes_are_numbered_once_and_transforms_admit_their_cost() -> None:
     assert list(compare(rows).footnotes) == [
         "shared",
         "not function-preserving: query_key (affine)",
-        "not foldable, stays at run time: attn_in (affine), mlp_in (affine); 0.6 MFLOP per token, 2 MB stored",
+        "not foldable, stays at run time: attn_in (affine), mlp_in (affine); "
+        "per block 600 kFLOP per token, 2 MB stored",
     ]
     assert list(compare(rows).footnotes.values()) == [1, 2, 3]
