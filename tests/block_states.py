@@ -20,7 +20,9 @@ def block_state(seed: int = 0, *, quantized: bool = True) -> BlockState:
 
     weights = {"q": random(8, 16), "down": random(16, 8)}
     grids = {"q": Grid(4, group_size=8), "down": Grid(3, symmetric=True, zero_in_range=False)}
-    linears = {role: round_to_nearest(w, *extremes(w, grids[role]), grids[role]) for role, w in weights.items()}
+    linears = {
+        role: round_to_nearest(w, *extremes(w, grids[role]), grids[role]) for role, w in weights.items()
+    }
     return BlockState(
         linears=linears if quantized else weights,
         rest=BlockTensors(
@@ -63,7 +65,11 @@ def same_state(one: BlockState, other: BlockState) -> bool:
     for name, value in first.items():
         if isinstance(value, torch.Tensor):
             found = second[name]
-            if not isinstance(found, torch.Tensor) or found.dtype != value.dtype or not torch.equal(found, value):
+            if (
+                not isinstance(found, torch.Tensor)
+                or found.dtype != value.dtype
+                or not torch.equal(found, value)
+            ):
                 return False
         elif value != second[name]:
             return False

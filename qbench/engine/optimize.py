@@ -9,7 +9,8 @@ until the epoch ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,19 +24,25 @@ from qbench.engine.settings import EngineSettings
 from qbench.errors import NumericalError
 from qbench.quant.fake import fake_quantize
 from qbench.quant.grid import Grid
+from qbench.transforms.maps import WarmInverse
 from qbench.transforms.tensors import BlockTensors
 from qbench.transforms.transform import apply_all
 
 EpochCallback = Callable[[int, int, float], None]
 
 
-def quantized_tensors(base: BlockTensors, plan: BlockPlan, grid: Grid) -> BlockTensors:
-    """The block's tensors after transforms and fake quantization, differentiable in the plan's parameters."""
+def quantized_tensors(
+    base: BlockTensors, plan: BlockPlan, grid: Grid, dtype: torch.dtype | None = None
+) -> BlockTensors:
+    """The block's tensors after transforms and fake quantization, differentiable in the plan's parameters.
+
+    `dtype` is that of the quantized weights: the autocast type saves a cast before each product.
+    """
     tensors = apply_all(base, plan.transforms)
     if grid.bits < 16:
         for role, weight in tensors.weight.items():
             logits = plan.clipping.logits(role) if plan.clipping is not None else (None, None)
-            tensors.weight[role] = fake_quantize(weight, grid, *logits)
+            tensors.weight[role] = fake_quantize(weight, grid, *logits, out_dtype=dtype)
     return tensors
 
 
@@ -76,9 +83,23 @@ class _Step:
         )
         self.scaler = torch.amp.GradScaler(settings.device.type) if settings.autocast == torch.float16 else None
 
-    def fill(self, batch: list[int], inputs: HiddenStates, target: HiddenStates, same: HiddenStates | None) -> None:
+    def snapshot(self) -> list[Tensor]:
+        """Copies of everything a step changes."""
+        return [t.detach().clone() for t in self._state()]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Go back to a snapshot, in place; state that came after it is zeroed."""
+        for i, tensor in enumerate(self._state()):
+            tensor.copy_(snapshot[i]) if i < len(snapshot) else tensor.zero_()
+
+    def _state(self) -> list[Tensor]:
+        moments = [v for p in self.parameters for v in self.optimizer.state[p].values() if isinstance(v, Tensor)]
+        return [*self.parameters, *moments]
+
+    def fill(self, batch: range, inputs: HiddenStates, target: HiddenStates, same: HiddenStates | None) -> None:
         """Copy the windows of one step into the buffers."""
-        start, stop = batch[0], batch[-1] + 1
+        start, stop = batch.start, batch.stop
         self.inputs[: len(batch)].copy_(inputs.read(start, stop), non_blocking=True)
         self.target[: len(batch)].copy_(target.read(start, stop), non_blocking=True)
         if self.same_input is not None and same is not None:
@@ -88,7 +109,7 @@ class _Step:
         """Guard, transform, quantize, forward, backward, update; the loss lands in `self.loss`."""
         for transform in self.plan.transforms:
             transform.guard_()
-        tensors = quantized_tensors(self.base, self.plan, self.grid)
+        tensors = quantized_tensors(self.base, self.plan, self.grid, self.settings.autocast)
         pairs: list[tuple[Tensor, Tensor]] = []
 
         def leaf(tensor: Tensor) -> Tensor:
@@ -118,6 +139,20 @@ class _Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+@dataclass
+class FitReport:
+    """What training did.
+
+    Attributes:
+        losses: Mean loss per epoch.
+        extras: `inverse_residual`: largest ‖I − AX‖ of a warm-started inverse (GPU); `direct_inverse_epochs`: epochs
+            repeated with direct inverses because of it; `captured`: 1 if the step ran as a CUDA graph.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    extras: dict[str, float] = field(default_factory=dict)
+
+
 def fit(
     prepared: PreparedBlock,
     plan: BlockPlan,
@@ -129,7 +164,7 @@ def fit(
     kwargs: dict[str, Any],
     settings: EngineSettings,
     on_epoch: EpochCallback,
-) -> list[float]:
+) -> FitReport:
     """Train the plan's transforms and clipping in place.
 
     Args:
@@ -144,47 +179,78 @@ def fit(
         settings: Device, precision and batch size.
         on_epoch: Called with (epoch, epochs, mean loss).
 
-    Returns:
-        Mean loss per epoch.
-
     Raises:
         NumericalError: On the first loss that is not finite, at the end of its epoch.
     """
     training = plan.training
     assert training is not None
     step = _Step(prepared, plan, training, base, grid, kwargs, settings, inputs.shape[1:])
-    size, n = settings.batch_size, len(inputs)
-    batches = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+    batches = [range(i, min(i + settings.batch_size, len(inputs))) for i in range(0, len(inputs), settings.batch_size)]
+    on_gpu = settings.device.type == "cuda"
+    report = FitReport()
     replay: Callable[[], None] | None = None
-    if settings.cuda_graph and settings.device.type == "cuda" and step.scaler is None and step.parameters:
-        step.fill(batches[0], inputs, target, same_input_target)
-        replay = capture_step(lambda: step.run(len(batches[0])), step.parameters, step.optimizer)
-    history: list[float] = []
     last_finite = math.nan
     for epoch in range(training.epochs):
         for transform in plan.transforms:
             transform.set_epoch(epoch, training.epochs)
-        losses = torch.zeros(len(batches), device=settings.device)
-        for i, batch in enumerate(batches):
-            step.fill(batch, inputs, target, same_input_target)
-            if replay is not None and len(batch) == size:
-                replay()
-            else:
-                step.run(len(batch))
-            losses[i].copy_(step.loss)
-        values = losses.tolist()
-        for i, value in enumerate(values):
-            if not math.isfinite(value):
-                raise NumericalError(
-                    f"The loss became {value} in epoch {epoch + 1} of {training.epochs}, step {i + 1} of "
-                    f"{len(batches)} (last finite loss {last_finite:.4g}; arithmetic "
-                    f"{str(settings.autocast or torch.float32).removeprefix('torch.')}). "
-                    "Try --autocast bfloat16 or float32, a lower --let-lr, or a smaller --sf."
-                )
-            last_finite = value
-        weights = [len(b) for b in batches]
-        history.append(math.fsum(v * w for v, w in zip(values, weights, strict=True)) / n)
-        on_epoch(epoch, training.epochs, history[-1])
+            if on_gpu and settings.warm_inverse:
+                transform.warm_up()
+        if epoch == 0 and on_gpu and settings.cuda_graph and step.scaler is None:
+            step.fill(batches[0], inputs, target, same_input_target)
+            replay = capture_step(lambda: step.run(len(batches[0])), step.parameters, step.optimizer)
+            report.extras["captured"] = float(replay is not None)
+            for transform in plan.transforms:
+                transform.warm_up()  # the warm-up runs moved it
+        before = step.snapshot() if on_gpu else None
+        losses = _epoch(step, batches, inputs, target, same_input_target, replay)
+        residuals = [r for t in plan.transforms if (r := t.residual()) is not None]
+        if before is not None and residuals:
+            report.extras["inverse_residual"] = max(*residuals, report.extras.get("inverse_residual", 0.0))
+            if not max(residuals) <= WarmInverse.LIMIT:  # also when it is not a number
+                step.restore(before)
+                for transform in plan.transforms:
+                    transform.cool_down()
+                losses = _epoch(step, batches, inputs, target, same_input_target, None)
+                report.extras["direct_inverse_epochs"] = report.extras.get("direct_inverse_epochs", 0.0) + 1
+        last_finite = _require_finite(losses, last_finite, epoch, training.epochs, settings)
+        weighted = math.fsum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True))
+        report.losses.append(weighted / len(inputs))
+        on_epoch(epoch, training.epochs, report.losses[-1])
     for transform in plan.transforms:
         transform.set_epoch(training.epochs - 1, training.epochs)
-    return history
+        transform.cool_down()
+    return report
+
+
+def _epoch(
+    step: _Step,
+    batches: Sequence[range],
+    inputs: HiddenStates,
+    target: HiddenStates,
+    same_input_target: HiddenStates | None,
+    replay: Callable[[], None] | None,
+) -> list[float]:
+    """One pass over the windows; the only wait for the device is at its end."""
+    losses = torch.zeros(len(batches), device=step.settings.device)
+    for i, batch in enumerate(batches):
+        step.fill(batch, inputs, target, same_input_target)
+        if replay is not None and len(batch) == step.settings.batch_size:
+            replay()
+        else:
+            step.run(len(batch))
+        losses[i].copy_(step.loss)
+    return losses.tolist()
+
+
+def _require_finite(
+    losses: Sequence[float], last_finite: float, epoch: int, epochs: int, settings: EngineSettings
+) -> float:
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise NumericalError(
+                f"The loss became {loss} in epoch {epoch + 1} of {epochs}, step {i + 1} of {len(losses)} (last finite "
+                f"loss {last_finite:.4g}; arithmetic {str(settings.autocast or torch.float32).removeprefix('torch.')}). "
+                "Try --autocast bfloat16 or float32, a lower --let-lr, or a smaller --sf."
+            )
+        last_finite = loss
+    return last_finite

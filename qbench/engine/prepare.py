@@ -21,6 +21,12 @@ from qbench.scheme import Scheme
 from qbench.transforms.tensors import BlockTensors
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a product with x is computed: autocast's where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class PreparedLinear(nn.Module):
     """A linear whose weight and bias are plain tensors, with its input quantized per token if it has a grid."""
 
@@ -37,7 +43,7 @@ class PreparedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
         if self.input_grid is not None:
-            x = fake_quantize(x, self.input_grid)
+            x = fake_quantize(x, self.input_grid, out_dtype=product_dtype(x))
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -80,7 +86,7 @@ class PreparedNorm(nn.Module):
         if self.matrix is not None:
             y = y @ self.matrix
         if self.output_grid is not None:
-            y = fake_quantize(y, self.output_grid)
+            y = fake_quantize(y, self.output_grid, out_dtype=product_dtype(y))
         return y
 
 

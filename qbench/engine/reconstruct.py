@@ -20,7 +20,7 @@ from qbench.engine.activations import ActivationStats, Observer
 from qbench.engine.capture import block_inputs, move
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import HiddenStates, choose_placement
-from qbench.engine.optimize import fit
+from qbench.engine.optimize import FitReport, fit
 from qbench.engine.plan import BlockPlan, BlockView, Needs
 from qbench.engine.prepare import PreparedBlock, block_tensors
 from qbench.engine.progress import Listener
@@ -266,10 +266,10 @@ def _quantize_block(
     settings, scheme = stream.settings, lane.scheme
     grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
     if scheme.is_identity:  # nothing to do, bit for bit
-        return _finish(base, BlockPlan(), grid, index, [])
+        return _finish(base, BlockPlan(), grid, index, FitReport())
     view = BlockView(index, n_blocks, prepared.spec, scheme, grid, base, stats)
     plan = _plan(lane, view, settings)
-    losses: list[float] = []
+    report = FitReport()
     if plan.training is not None:
         same_input = None
         if plan.training.same_input_target:
@@ -277,22 +277,22 @@ def _quantize_block(
             same_input = stream.forward(prepared, q_inputs)
         prepared.quantize_operands(scheme, settings.zero_in_range, settings.attention_granularity)
 
-        def train(plan: BlockPlan, settings: EngineSettings) -> list[float]:
+        def train(plan: BlockPlan, settings: EngineSettings) -> FitReport:
             return fit(
                 prepared, plan, base, grid, q_inputs, fp_outputs, same_input, stream.kwargs, settings,
                 lambda epoch, epochs, loss: listener.epoch(lane.name, index, epoch, epochs, loss),
             )  # fmt: skip
 
         try:
-            losses = train(plan, settings)
+            report = train(plan, settings)
         except NumericalError:
             if settings.autocast != torch.float16 or not settings.allow_fallback:
                 raise
             plan = _plan(lane, view, settings)
             plan.notes.append(f"block {index} fitted in bfloat16: float16 gave a loss that is not finite")
-            losses = train(plan, replace(settings, autocast=torch.bfloat16))
+            report = train(plan, replace(settings, autocast=torch.bfloat16))
     plan.notes.extend(stream.notes)
-    return _finish(fold(base, plan.transforms), plan, grid, index, losses)
+    return _finish(fold(base, plan.transforms), plan, grid, index, report)
 
 
 def _plan(lane: Lane, view: BlockView, settings: EngineSettings) -> BlockPlan:
@@ -303,7 +303,7 @@ def _plan(lane: Lane, view: BlockView, settings: EngineSettings) -> BlockPlan:
     return plan
 
 
-def _finish(folded: BlockTensors, plan: BlockPlan, grid: Grid, index: int, losses: list[float]) -> BlockState:
+def _finish(folded: BlockTensors, plan: BlockPlan, grid: Grid, index: int, report: FitReport) -> BlockState:
     """Round folded weights to codes over the plan's ranges."""
     linears: dict[str, QuantizedWeight | Tensor] = {}
     for role, weight in folded.weight.items():
@@ -321,11 +321,11 @@ def _finish(folded: BlockTensors, plan: BlockPlan, grid: Grid, index: int, losse
     record = BlockRecord(
         index=index,
         seconds=0.0,
-        losses=losses,
+        losses=report.losses,
         local_error=None,
         accumulated_error=None,
         notes=list(plan.notes),
-        extras={name: value for name, value in conditions.items() if value is not None},
+        extras=report.extras | {name: value for name, value in conditions.items() if value is not None},
     )
     folded.weight = {}
     return BlockState(linears, folded, learned, record, [_describe(t) for t in plan.transforms])

@@ -7,6 +7,8 @@ head_dim, or one group of everything).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,30 +16,107 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+TENSOR_CORE_SIZE = 1024
+
 
 class _Inverse(torch.autograd.Function):
     """Matrix inverse whose backward reuses the inverse: ∂L/∂A = −Xᵀ (∂L/∂X) Xᵀ with X = A⁻¹."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor) -> Tensor:
-        inverse, _ = torch.linalg.inv_ex(matrix)  # no error check: that would wait for the device
+    def forward(ctx: Any, matrix: Tensor, warm: WarmInverse | None) -> Tensor:
+        if warm is None:
+            inverse, _ = torch.linalg.inv_ex(matrix)  # no error check: that would wait for the device
+        else:
+            inverse = warm.step(matrix)
         ctx.save_for_backward(inverse)
         return inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
         transposed = inverse.mT
-        return -(transposed @ grad @ transposed)
+        with tensor_cores(inverse):
+            return -(transposed @ grad @ transposed), None
 
 
-def inverse(matrix: Tensor) -> Tensor:
+class WarmInverse:
+    """Inverse of a matrix that changes little from step to step: Newton–Schulz from the last step's inverse.
+
+    Y ← Y(2I − BY) for B = D⁻¹A with D = diag(A), so that the diagonal, which varies by orders between channels,
+    stays out of the arithmetic; A⁻¹ = Y D⁻¹. Only products, so it runs on tensor cores, in a captured step and without
+    waiting for the device. Whoever uses it looks at `residual` now and then (the engine: after each epoch) and falls
+    back to the direct inverse above `LIMIT`.
+    """
+
+    LIMIT = 0.5  # ‖I − BY‖∞ before the last iteration; after it at most 0.25, and mostly far less
+
+    def __init__(self, matrix: Tensor, iterations: int):
+        """Begin at the direct inverse of [groups, n, n]."""
+        self.iterations = iterations
+        self.residual = torch.zeros((), device=matrix.device)
+        self.scaled_inverse = torch.empty_like(matrix)
+        self.identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        self.restart(matrix)
+
+    @torch.no_grad()
+    def restart(self, matrix: Tensor) -> None:
+        """Set to the direct inverse, in place."""
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        self.scaled_inverse.copy_(torch.linalg.inv(matrix / diagonal.unsqueeze(-1)))
+        self.residual.zero_()
+
+    def step(self, matrix: Tensor) -> Tensor:
+        """Inverse of the matrix as it is now; remembers it and the largest residual met."""
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        scaled, y = matrix / diagonal.unsqueeze(-1), self.scaled_inverse
+        with tensor_cores(matrix):
+            for _ in range(self.iterations):
+                defect = self.identity - scaled @ y
+                y = y + y @ defect
+        self.residual.copy_(torch.maximum(self.residual, defect.abs().sum(-1).amax()))
+        self.scaled_inverse.copy_(y)
+        return y / diagonal.unsqueeze(-2)
+
+
+@contextmanager
+def tensor_cores(matrix: Tensor) -> Iterator[None]:
+    """TF32 products for large matrices on a GPU: 7 times faster at 4096, relative error 3e-4; folds use float64."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed or (matrix.is_cuda and matrix.shape[-1] >= TENSOR_CORE_SIZE)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+class _Product(torch.autograd.Function):
+    """x @ matrix with both directions under `tensor_cores`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        with tensor_cores(matrix):
+            return x @ matrix
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, matrix = ctx.saved_tensors
+        with tensor_cores(matrix):
+            grad_x = grad @ matrix.mT if ctx.needs_input_grad[0] else None
+            flat = x.reshape(-1, x.shape[-1])
+            grad_matrix = flat.mT @ grad.reshape(flat.shape[0], -1) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_matrix
+
+
+def inverse(matrix: Tensor, warm: WarmInverse | None = None) -> Tensor:
     """Inverse of [..., n, n]; one call per optimizer step serves weights and biases.
 
-    A singular matrix gives non-finite entries, which the engine reports through the loss.
+    A singular matrix gives non-finite entries, which the engine reports through the loss. With `warm` it is one
+    warm-started Newton–Schulz step instead of a factorization.
     """
-    return _Inverse.apply(matrix)
+    return _Inverse.apply(matrix, warm)
 
 
 class Map(Protocol):
@@ -94,9 +173,9 @@ class Blocks:
     inverse: Tensor
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Blocks:
+    def of(cls, matrix: Tensor, warm: WarmInverse | None = None) -> Blocks:
         """Invert once for all uses."""
-        return cls(matrix, inverse(matrix))
+        return cls(matrix, inverse(matrix, warm))
 
     def undo_rows(self, x: Tensor) -> Tensor:
         """x·A⁻¹ within each group."""
@@ -162,7 +241,7 @@ def _rotate(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:
     groups, width, _ = matrix.shape
     if groups == 1:
-        return x @ matrix[0]
+        return _Product.apply(x, matrix[0])
     rows = x.reshape(-1, groups, width).transpose(0, 1)  # [groups, rows, width]
     return (rows @ matrix).transpose(0, 1).reshape(x.shape)
 

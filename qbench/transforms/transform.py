@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qbench.models.base import BlockSpec, Site
-from qbench.transforms.maps import Blocks, Diagonal, Map, Rotations
+from qbench.transforms.maps import Blocks, Diagonal, Map, Rotations, WarmInverse
 from qbench.transforms.mask import bandwidth, gradual_mask
 from qbench.transforms.sites import rewrite
 from qbench.transforms.tensors import BlockTensors
 
 Guard = Literal["diagonal", "all"]
+SMALL_STEPS = 0.05  # stability factors up to here keep ‖I − BY‖ near 0.01 per step: one Newton–Schulz iteration
 GUARD_MIN = 1e-2  # truncate_number of both authors' codes
 
 
@@ -69,14 +70,29 @@ class Transform(nn.Module):
     def guard_(self) -> None:
         """Keep the map away from singularity, in place, before each optimizer step."""
 
+    def warm_up(self) -> None:
+        """Begin inverting by warm-started products, where the map has a large inverse; called before each epoch."""
+
+    def cool_down(self) -> None:
+        """Go back to direct inverses."""
+
+    def residual(self) -> float | None:
+        """Largest ‖I − AX‖ that warm-started inverses met since `warm_up`, or None."""
+        return None
+
     def condition(self) -> float | None:
         """Largest 2-norm condition number over the map's groups, or None for a diagonal."""
         return None
 
     def folded_copy(self) -> Transform:
         """A float64 copy without gradients, for the fold."""
-        shared = {id(self.spec): self.spec, id(self.site): self.site}
-        return copy.deepcopy(self, shared).double().requires_grad_(False)
+        shared: dict[int, object] = {id(self.spec): self.spec, id(self.site): self.site}
+        warm = getattr(self, "warm", None)
+        if warm is not None:  # the fold inverts directly
+            shared[id(warm)] = None
+        folded = copy.deepcopy(self, shared)
+        folded.cool_down()
+        return folded.double().requires_grad_(False)
 
     def cost(self) -> TransformCost:
         """Cost after folding, for one block."""
@@ -155,6 +171,8 @@ class MatrixTransform(Transform):
         groups = spec.n_kv_heads if site.kind in ("value", "query_key") else 1
         self.matrix = nn.Parameter(torch.diag_embed(diagonal.reshape(groups, -1)))
         self.stability_factor, self.guard, self.gradual = stability_factor, guard, gradual
+        self.warm: WarmInverse | None = None  # kept once made: a captured step works in its buffers
+        self.warm_now = False
         self.mask: Tensor
         self.register_buffer("mask", torch.empty_like(self.matrix[0]))
         self.set_epoch(0, 1)
@@ -176,7 +194,24 @@ class MatrixTransform(Transform):
 
     def build_map(self) -> Map:
         """See `Transform`."""
-        return Blocks.of(self.effective())
+        return Blocks.of(self.effective(), self.warm if self.warm_now else None)
+
+    def warm_up(self) -> None:
+        """See `Transform`; begins, or begins again, from the direct inverse of now."""
+        current = self.effective().detach()
+        if self.warm is None:
+            self.warm = WarmInverse(current, 1 if self.stability_factor <= SMALL_STEPS else 2)
+        else:
+            self.warm.restart(current)
+        self.warm_now = True
+
+    def cool_down(self) -> None:
+        """See `Transform`."""
+        self.warm_now = False
+
+    def residual(self) -> float | None:
+        """See `Transform`."""
+        return float(self.warm.residual) if self.warm is not None and self.warm_now else None
 
     @torch.no_grad()
     def guard_(self) -> None:

@@ -45,8 +45,12 @@ def observe(case: Case, batches: list[int]) -> dict[str, ActivationStats]:
     return observer.stats
 
 
-@pytest.mark.parametrize("batches", [[1] * WINDOWS, [WINDOWS], [4, 2]], ids=["one by one", "at once", "uneven"])
-def test_statistics_match_a_direct_computation_however_windows_are_batched(case: Case, batches: list[int]) -> None:
+@pytest.mark.parametrize(
+    "batches", [[1] * WINDOWS, [WINDOWS], [4, 2]], ids=["one by one", "at once", "uneven"]
+)
+def test_statistics_match_a_direct_computation_however_windows_are_batched(
+    case: Case, batches: list[int]
+) -> None:
     stats = observe(case, batches)
     inputs = inputs_by_role(case)
     assert stats.keys() == inputs.keys()
@@ -68,7 +72,9 @@ def test_opts_mlp_sees_all_tokens_in_one_matrix_and_is_still_split_into_windows(
     prepared.linears["fc1"].register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     with torch.no_grad():
         prepared(case.hidden, **case.kwargs)
-    assert shapes == [(WINDOWS * tokens.shape[1], 32)]  # what makes the test above one of two-dimensional inputs
+    assert shapes == [
+        (WINDOWS * tokens.shape[1], 32)
+    ]  # what makes the test above one of two-dimensional inputs
 
 
 def test_no_hook_is_left_and_statistics_outlive_the_context(case: Case) -> None:

@@ -92,9 +92,15 @@ def test_granularity_decides_which_elements_share_a_range() -> None:
     for batch in range(2):
         for token in range(5):
             rows = x[batch, :, token]
-            assert torch.equal(per_head[batch, :, token], torch.stack([fake_quantize(row, Grid(4)) for row in rows]))
-            assert torch.equal(per_token[batch, :, token], fake_quantize(rows.reshape(-1), Grid(4)).reshape(4, 8))
-    assert per_token[:, 1:].eq(0).float().mean() > 0.5, "outliers of one head cost the others their resolution"
+            assert torch.equal(
+                per_head[batch, :, token], torch.stack([fake_quantize(row, Grid(4)) for row in rows])
+            )
+            assert torch.equal(
+                per_token[batch, :, token], fake_quantize(rows.reshape(-1), Grid(4)).reshape(4, 8)
+            )
+    assert per_token[:, 1:].eq(0).float().mean() > 0.5, (
+        "outliers of one head cost the others their resolution"
+    )
     assert Operands(None, None).quantize(x, None) is x
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from qbench.engine.capture import block_inputs, move
+from qbench.errors import UnsupportedSchemeError
+from qbench.models.loading import architecture_for
 from tests.blocks import VARIANTS, blocks_of
 
 
@@ -17,7 +19,8 @@ def test_captured_inputs_replay_the_first_block(build_tiny, tokens, variant: str
     first, second = blocks_of(model)
     received = []
     handle = second.register_forward_pre_hook(
-        lambda module, args, kwargs: received.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        lambda module, args, kwargs: received.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
     )
     with torch.no_grad():
         for window in tokens:
@@ -36,7 +39,10 @@ def test_keyword_arguments_are_the_same_for_every_window_and_hold_no_cache(tiny_
     captured = [kwargs for _, kwargs in block_inputs(tiny_llama, blocks_of(tiny_llama)[0], tokens)]
     for kwargs in captured:
         assert not {"hidden_states", "past_key_values", "use_cache"} & set(kwargs)
-        assert all(torch.equal(a, b) for a, b in zip(kwargs["position_embeddings"], captured[0]["position_embeddings"]))
+        for found, first in zip(
+            kwargs["position_embeddings"], captured[0]["position_embeddings"], strict=True
+        ):
+            assert torch.equal(found, first)
 
 
 def test_later_blocks_do_not_run(tiny_llama, tokens) -> None:
@@ -57,12 +63,16 @@ class Broken(nn.Module):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [ValueError("inside the model"), StopIteration(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [ValueError("inside the model"), StopIteration(), KeyboardInterrupt()], ids=repr
+)
 def test_errors_of_the_model_propagate(tiny_llama, tokens, error: BaseException) -> None:
     """The authors catch ValueError to stop their capture; an error of the same type must not look like success."""
     tiny_llama.model.embed_tokens = Broken(error)
     first = blocks_of(tiny_llama)[0]
-    with pytest.raises((type(error), RuntimeError)) as raised:  # a generator turns StopIteration into RuntimeError
+    with pytest.raises(
+        (type(error), RuntimeError)
+    ) as raised:  # a generator turns StopIteration into RuntimeError
         list(block_inputs(tiny_llama, first, tokens))
     assert raised.value is error or raised.value.__cause__ is error
     assert not first._forward_pre_hooks
@@ -91,3 +101,21 @@ def test_move_casts_floats_and_keeps_integers_and_nesting() -> None:
     assert moved["a"][1][0].dtype == torch.int64 and moved["d"].dtype == torch.bool
     assert moved["b"] is None and moved["c"] == 4
     assert move(torch.ones(1), torch.device("cpu")).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_one_capture_serves_every_block_or_the_model_is_refused(build_tiny, tokens, family: str) -> None:
+    """Layers with a sliding window take another mask than the first block's."""
+    model = build_tiny(family, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    assert len(set(model.config.layer_types)) == 2
+    try:
+        architecture_for(model.config)
+    except UnsupportedSchemeError:
+        return
+    first, second = blocks_of(model)
+    hidden, kwargs = next(block_inputs(model, first, tokens))
+    received = []
+    second.register_forward_hook(lambda module, args, out: received.append(out))
+    with torch.no_grad():
+        model(input_ids=tokens[:1], use_cache=False)
+        assert torch.allclose(second(first(hidden, **kwargs), **kwargs), received[0], atol=1e-5)

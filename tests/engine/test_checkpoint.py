@@ -53,7 +53,7 @@ def test_blocks_must_come_in_order(folder: Path) -> None:
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(folder: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ConfigError, match="belongs to another run.*--restart") as refusal:
+    with pytest.raises(ConfigError, match=r"belongs to another run.*--restart") as refusal:
         Checkpoint(folder, "b" * 64)
     assert refusal.value.exit_code == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -62,7 +62,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(folder: Path) -> None
 @pytest.mark.parametrize("content", ["", "{", "[]", "7", '{"key": "x"}', '{"key": "x", "blocks": 3}'])
 def test_a_damaged_manifest_is_refused(folder: Path, content: str) -> None:
     (folder / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match="manifest .*manifest.json is damaged"):
+    with pytest.raises(DataError, match=r"manifest .*manifest\.json is damaged"):
         Checkpoint(folder, KEY)
 
 
@@ -80,7 +80,9 @@ def exchange(path: Path) -> None:
     path.write_bytes((path.parent / "block-0000.safetensors").read_bytes())
 
 
-@pytest.mark.parametrize("damage", [flip_a_bit, cut, exchange, Path.unlink], ids=["bit", "cut", "exchanged", "gone"])
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, cut, exchange, Path.unlink], ids=["bit", "cut", "exchanged", "gone"]
+)
 def test_a_damaged_block_is_refused_by_name_and_others_still_load(folder: Path, damage) -> None:
     damage(folder / "block-0001.safetensors")
     checkpoint = Checkpoint(folder, KEY)
@@ -94,6 +96,14 @@ def test_clear_forgets_everything(folder: Path) -> None:
     checkpoint.clear()
     assert len(checkpoint) == 0 and not list(folder.iterdir())
     Checkpoint(folder, "b" * 64).save(0, block_state(5))
+
+
+def test_truncating_forgets_later_blocks_for_good(folder: Path) -> None:
+    Checkpoint(folder, KEY).truncate(1)
+    again = Checkpoint(folder, KEY)
+    assert len(again) == 1 and same_state(again.load(0), block_state(0))
+    again.save(1, block_state(7))
+    assert same_state(Checkpoint(folder, KEY).load(1), block_state(7))
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -132,7 +142,9 @@ def kill_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return done
 
 
-def test_a_kill_at_any_step_of_a_save_leaves_the_older_or_the_newer_state(tmp_path: Path, monkeypatch) -> None:
+def test_a_kill_at_any_step_of_a_save_leaves_the_older_or_the_newer_state(
+    tmp_path: Path, monkeypatch
+) -> None:
     total = steps_of_one_save(tmp_path, monkeypatch)
     assert total >= 4  # block and manifest, each flushed and renamed
     outcomes = []
@@ -154,11 +166,12 @@ def test_a_kill_at_any_step_of_a_save_leaves_the_older_or_the_newer_state(tmp_pa
     assert outcomes[2] == 1, "the block's file alone, without the manifest, does not count"
 
 
-def test_a_manifest_never_names_a_block_that_is_not_flushed(tmp_path: Path, monkeypatch) -> None:
+def test_block_manifest_and_folder_are_flushed_in_this_order(tmp_path: Path, monkeypatch) -> None:
+    """After a power cut the manifest names no block that is not on disk, and the renames are there too."""
     flushed, sync = [], module._sync
     monkeypatch.setattr(module, "_sync", lambda path: (flushed.append(Path(path).name), sync(path)))
     Checkpoint(tmp_path / "lane", KEY).save(0, block_state(0))
-    assert flushed.index("block-0000.tmp") < flushed.index("manifest.tmp")
+    assert flushed == ["block-0000.tmp", "manifest.tmp", "lane"]
 
 
 def test_a_process_that_dies_between_block_and_manifest_resumes(tmp_path: Path) -> None:
@@ -175,7 +188,9 @@ lane.save(1, block_state(1))
 """
     root = str(Path(module.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": root}
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, timeout=120
+    )
     assert done.returncode == 9, done.stderr.decode()
     assert json.loads((tmp_path / "lane" / "manifest.json").read_text())["key"] == KEY
     again = Checkpoint(tmp_path / "lane", KEY)

@@ -57,6 +57,20 @@ def test_the_file_lies_in_the_folder_asked_for_and_goes_with_the_array(tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_written_reaches_the_file_and_not_private_memory(tmp_path: Path) -> None:
+    states = HiddenStates((2, 2, 2), CPU, "disk", torch.float32, tmp_path)
+    values = torch.arange(8.0).reshape(2, 2, 2)
+    states.write(0, values)
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes() == values.numpy().tobytes()
+
+
+def test_what_half_of_the_disk_cannot_hold_is_refused(monkeypatch, tmp_path: Path) -> None:
+    free(monkeypatch, 0, 2**21 - 2)
+    with pytest.raises(ConfigError):
+        choose_placement(2**20, CPU, tmp_path)
+
+
 def test_only_disk_writes_files(tmp_path: Path) -> None:
     HiddenStates((2, 2, 2), CPU, "cpu", torch.float32, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -69,8 +83,13 @@ def free(monkeypatch: pytest.MonkeyPatch, memory: int, disk: int) -> None:
 
 @pytest.mark.parametrize(
     ("memory", "disk", "expected"),
-    [(2**30, 2**30, "cpu"), (2**20, 2**30, "disk"), (2**21 + 2, 0, "cpu")],
-    ids=["memory first", "disk when memory is short", "half of memory is enough"],
+    [(2**30, 2**30, "cpu"), (2**20, 2**30, "disk"), (2**21 - 2, 2**30, "disk"), (2**21 + 2, 0, "cpu")],
+    ids=[
+        "memory first",
+        "disk when memory is short",
+        "half of memory stays free",
+        "half of memory is enough",
+    ],
 )
 def test_place_is_chosen_by_free_memory(monkeypatch, tmp_path, memory: int, disk: int, expected: str) -> None:
     free(monkeypatch, memory, disk)

@@ -41,7 +41,9 @@ def test_value_site_takes_the_largest_over_the_query_heads_of_a_group(view: Bloc
     for group in range(spec.n_kv_heads):
         for channel in range(spec.head_dim):
             heads = range(group * spec.heads_per_group, (group + 1) * spec.heads_per_group)
-            a, w = (max(v[head * spec.head_dim + channel].item() for head in heads) for v in (absmax, largest))
+            a, w = (
+                max(v[head * spec.head_dim + channel].item() for head in heads) for v in (absmax, largest)
+            )
             expected.append((a / w) ** 0.5)
     scale = initial_scale(view, spec.site("value_out"), 0.5)
     assert torch.allclose(scale, torch.tensor(expected), rtol=1e-5)
@@ -52,7 +54,9 @@ def test_query_key_starts_at_one(view: BlockView) -> None:
     assert torch.equal(scale, torch.ones(view.spec.n_kv_heads * view.spec.head_dim))
 
 
-def test_shifts_start_at_the_observed_centre_where_norms_have_a_bias_and_at_zero_elsewhere(view: BlockView) -> None:
+def test_shifts_start_at_the_observed_centre_where_norms_have_a_bias_and_at_zero_elsewhere(
+    view: BlockView,
+) -> None:
     at_norm = initial_shift(view, view.spec.site("attn_in"))
     at_value = initial_shift(view, view.spec.site("value_out"))
     if view.spec.norm_bias:

@@ -71,7 +71,9 @@ def test_the_second_block_too(case: Case, tokens) -> None:
     second = blocks_of(case.model)[1]
     with torch.no_grad():
         expected = second(case.expected, **case.kwargs)
-        prepared = PreparedBlock(second, case.spec).load(block_tensors(second, case.spec, "cpu", torch.float32))
+        prepared = PreparedBlock(second, case.spec).load(
+            block_tensors(second, case.spec, "cpu", torch.float32)
+        )
         assert torch.equal(prepared(case.expected, **case.kwargs), expected)
 
 
@@ -86,7 +88,9 @@ def test_the_model_stays_as_it_was_and_shares_no_memory(case: Case) -> None:
             tensor.zero_()
     after = case.model.state_dict()
     assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) and after[name].dtype == torch.float32 for name in before)
+    assert all(
+        torch.equal(after[name], before[name]) and after[name].dtype == torch.float32 for name in before
+    )
     assert [type(module) for module in case.model.modules()] == modules
     assert not any(hasattr(module, attention.ATTRIBUTE) for module in case.model.modules())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in case.model.modules())

@@ -84,7 +84,7 @@ def test_weight_bits_count_codes_scales_and_zero_points() -> None:
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="Cannot read checkpoint file .*gone"):
+    with pytest.raises(DataError, match=r"Cannot read checkpoint file .*gone"):
         BlockState.load(tmp_path / "gone")
     path = tmp_path / "block"
     block_state().save(path)

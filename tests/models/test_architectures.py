@@ -66,7 +66,9 @@ def test_every_path_leads_to_what_it_says(build_tiny, variant: str) -> None:
     for block in blocks_of(model):
         spec = architecture.block_spec(block, model.config)
         linears = {block.get_submodule(path) for path in spec.linears.values()}
-        assert linears == {m for m in block.modules() if isinstance(m, nn.Linear)}, "a linear is missed or doubled"
+        assert linears == {m for m in block.modules() if isinstance(m, nn.Linear)}, (
+            "a linear is missed or doubled"
+        )
         assert all(hasattr(block.get_submodule(path), "weight") for path in spec.norms.values())
         assert hasattr(block.get_submodule(spec.attention), "head_dim")
 
@@ -93,7 +95,9 @@ def test_sites_of_opt(spec_of) -> None:
 def test_qwen3_has_no_query_key_site_and_says_why(spec_of) -> None:
     spec = spec_of("qwen3")
     assert "query_key" not in spec.sites
-    with pytest.raises(UnsupportedSchemeError, match="norm sits between the q, k projections and the attention"):
+    with pytest.raises(
+        UnsupportedSchemeError, match="norm sits between the q, k projections and the attention"
+    ):
         spec.site("query_key")
 
 
@@ -104,13 +108,22 @@ def test_opt_with_another_activation_has_no_mlp_out_site(spec_of) -> None:
 
 
 def test_a_site_nobody_has_is_refused_with_those_that_exist(spec_of) -> None:
-    with pytest.raises(UnsupportedSchemeError, match=r"'attn_inn'.*attn_in, mlp_in, value_out, query_key, mlp_out"):
+    with pytest.raises(
+        UnsupportedSchemeError, match=r"'attn_inn'.*attn_in, mlp_in, value_out, query_key, mlp_out"
+    ):
         spec_of("llama").site("attn_inn")
 
 
 def test_biases_are_read_off_the_model(spec_of) -> None:
     spec = spec_of("llama", attention_bias=True, mlp_bias=True)
     assert spec.biased == set(GATED_SHAPES)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "opt"])
+def test_bias_options_add_exactly_the_roles_they_say(spec_of, family: str) -> None:
+    before = spec_of(family).biased
+    for option, roles in ARCHITECTURES.load(family).bias_options.items():
+        assert spec_of(family, **{option: True}).biased == before | set(roles)
 
 
 def test_a_description_cannot_be_changed_by_its_readers(spec_of) -> None:
@@ -125,7 +138,9 @@ def test_post_norm_opt_is_refused_in_one_sentence() -> None:
     """OPT-350m's configuration."""
     from transformers import OPTConfig
 
-    config = OPTConfig(do_layer_norm_before=False, word_embed_proj_dim=512, hidden_size=1024, num_attention_heads=16)
+    config = OPTConfig(
+        do_layer_norm_before=False, word_embed_proj_dim=512, hidden_size=1024, num_attention_heads=16
+    )
     with pytest.raises(UnsupportedSchemeError) as refusal:
         architecture_for(config)
     message = str(refusal.value)
@@ -133,7 +148,9 @@ def test_post_norm_opt_is_refused_in_one_sentence() -> None:
     assert message.count(".") == 1 and message.endswith(".")
 
 
-@pytest.mark.parametrize("change", [{"enable_bias": False}, {"layer_norm_elementwise_affine": False}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"enable_bias": False}, {"layer_norm_elementwise_affine": False}], ids=str
+)
 def test_opt_without_biases_is_refused(change: dict) -> None:
     from transformers import OPTConfig
 
@@ -165,7 +182,9 @@ def test_every_registered_architecture_answers_to_its_own_model_types() -> None:
 def test_a_block_without_the_described_linear_is_refused_by_path(tiny_llama) -> None:
     block = blocks_of(tiny_llama)[0]
     del block.mlp.down_proj
-    with pytest.raises(UnsupportedSchemeError, match=r"nn\.Linear at 'mlp\.down_proj'; this model has nothing"):
+    with pytest.raises(
+        UnsupportedSchemeError, match=r"nn\.Linear at 'mlp\.down_proj'; this model has nothing"
+    ):
         LLAMA.block_spec(block, tiny_llama.config)
 
 
@@ -177,5 +196,7 @@ def test_experts_in_place_of_a_linear_are_refused(tiny_llama) -> None:
 
     block = blocks_of(tiny_llama)[0]
     block.mlp.up_proj = Experts()
-    with pytest.raises(UnsupportedSchemeError, match=r"'mlp\.up_proj'; this model has Experts.*Mixture-of-experts"):
+    with pytest.raises(
+        UnsupportedSchemeError, match=r"'mlp\.up_proj'; this model has Experts.*Mixture-of-experts"
+    ):
         LLAMA.block_spec(block, tiny_llama.config)

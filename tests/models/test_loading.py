@@ -113,7 +113,7 @@ def test_an_unsupported_model_type_is_refused_before_its_weights_are_read(tmp_pa
     from transformers import GPT2Config
 
     GPT2Config(n_layer=1, n_embd=8, n_head=2).save_pretrained(tmp_path)  # a folder without any weights
-    with pytest.raises(UnsupportedSchemeError, match="'gpt2' is not supported. Supported: .*llama"):
+    with pytest.raises(UnsupportedSchemeError, match=r"'gpt2' is not supported\. Supported: .*llama"):
         load_model(str(tmp_path))
 
 

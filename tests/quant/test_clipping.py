@@ -1,4 +1,4 @@
-"""Learnable clipping starts almost open, has one pair of logits per scale, and means the same in training and rounding."""
+"""Learnable clipping starts almost open, has one pair of logits per scale, and training sees what rounding gives."""
 
 from __future__ import annotations
 

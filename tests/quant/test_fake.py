@@ -140,7 +140,9 @@ def test_backward_matches_central_differences_of_the_surrogate(grid: Grid, clipp
         return surrogate(x, upper, lower)
 
     expected = differences(frozen, arguments, weights)
-    for found, wanted in zip(gradients_of(called(fake_quantize, grid), arguments, weights), expected, strict=True):
+    for found, wanted in zip(
+        gradients_of(called(fake_quantize, grid), arguments, weights), expected, strict=True
+    ):
         assert torch.allclose(found, wanted, rtol=1e-7, atol=1e-7)
 
 
@@ -149,18 +151,24 @@ def test_backward_matches_central_differences_of_the_surrogate(grid: Grid, clipp
 def test_backward_matches_autograd_through_the_recorded_composition(grid: Grid, clipped: bool) -> None:
     arguments, weights = point(grid, clipped)
     recorded = gradients_of(called(reference, grid), arguments, weights)
-    for found, wanted in zip(gradients_of(called(fake_quantize, grid), arguments, weights), recorded, strict=True):
+    for found, wanted in zip(
+        gradients_of(called(fake_quantize, grid), arguments, weights), recorded, strict=True
+    ):
         assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @CLIPPED
 @pytest.mark.parametrize("grid", GRIDS)
-def test_forward_matches_the_composition_and_the_surrogate_at_its_own_point(grid: Grid, clipped: bool) -> None:
+def test_forward_matches_the_composition_and_the_surrogate_at_its_own_point(
+    grid: Grid, clipped: bool
+) -> None:
     arguments, _ = point(grid, clipped)
     found = called(fake_quantize, grid)(*arguments)
     assert torch.equal(found, called(reference, grid)(*arguments))
     surrogate = Surrogate(arguments[0], grid, *(arguments[1:] or (None, None)))
-    assert torch.allclose(found, surrogate(*arguments, *([] if clipped else [None, None])), rtol=1e-12, atol=1e-12)
+    assert torch.allclose(
+        found, surrogate(*arguments, *([] if clipped else [None, None])), rtol=1e-12, atol=1e-12
+    )
     if not clipped:
         assert torch.equal(found, uniform.fake_quantize(arguments[0], grid))
 
@@ -181,7 +189,9 @@ def test_a_scale_held_by_its_clamp_passes_nothing_to_the_extremes() -> None:
         x = x.double()
         weights = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
         grid = Grid(4)
-        (found,), (recorded,) = (gradients_of(called(f, grid), [x], weights) for f in (fake_quantize, reference))
+        (found,), (recorded,) = (
+            gradients_of(called(f, grid), [x], weights) for f in (fake_quantize, reference)
+        )
         assert torch.allclose(found, recorded, rtol=1e-12, atol=1e-12)
 
 
@@ -196,7 +206,9 @@ def test_elements_outside_the_grid_get_no_gradient_of_their_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @CLIPPED
-def test_half_precision_is_computed_in_float32_and_returned_in_its_own_dtype(dtype: torch.dtype, clipped) -> None:
+def test_half_precision_is_computed_in_float32_and_returned_in_its_own_dtype(
+    dtype: torch.dtype, clipped
+) -> None:
     x = rows().to(dtype)
     grid = Grid(8, group_size=4)
     clip = [c.float() for c in logits(rows(), grid)] if clipped else []
@@ -212,6 +224,43 @@ def test_half_precision_is_computed_in_float32_and_returned_in_its_own_dtype(dty
     for one, other in zip(gradients[1:], expected[1:], strict=True):
         assert one.dtype == torch.float32
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@CLIPPED
+def test_another_type_of_the_result_is_a_cast_of_it_in_both_directions(
+    dtype: torch.dtype, clipped: bool
+) -> None:
+    grid = Grid(3, group_size=4)
+    arguments = [a.float() for a in point(grid, clipped)[0]]
+    weights = torch.randn(arguments[0].shape).to(dtype)
+    optional = [*arguments[1:], None, None][:2]
+    assert fake_quantize(arguments[0], grid, *optional, out_dtype=dtype).dtype == dtype
+
+    def direct(x: Tensor, upper: Tensor | None = None, lower: Tensor | None = None) -> Tensor:
+        return fake_quantize(x, grid, upper, lower, out_dtype=dtype)
+
+    def cast(x: Tensor, upper: Tensor | None = None, lower: Tensor | None = None) -> Tensor:
+        return fake_quantize(x, grid, upper, lower).to(dtype)
+
+    assert torch.equal(direct(*arguments), cast(*arguments))
+    for one, other in zip(*(gradients_of(f, arguments, weights) for f in (direct, cast)), strict=True):
+        assert torch.equal(one, other) and one.dtype == torch.float32
+
+
+@pytest.mark.gpu
+@CLIPPED
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_gpu_gives_the_values_and_gradients_of_the_cpu(grid: Grid, clipped: bool) -> None:
+    """Whatever kernel runs there, fused ones included; ties and one-sided rows are part of the point."""
+    arguments, weights = point(grid, clipped)
+    arguments, weights = [a.float() for a in arguments], weights.float()
+    there = [a.cuda() for a in arguments]
+    function = called(fake_quantize, grid)
+    assert torch.allclose(function(*there).cpu(), function(*arguments), rtol=1e-5, atol=1e-6)
+    found = gradients_of(function, there, weights.cuda())
+    for one, other in zip(found, gradients_of(function, arguments, weights), strict=True):
+        assert torch.allclose(one.cpu(), other, rtol=1e-4, atol=1e-4)
 
 
 def test_activations_of_any_rank_are_quantized_per_token() -> None:

@@ -158,7 +158,9 @@ def test_both_forms_agree_wherever_a_group_has_both_signs() -> None:
     assert torch.equal(fake_quantize(x, Grid(4, group_size=16)), fake_quantize(x, Grid(4, False, 16, False)))
 
 
-@pytest.mark.parametrize("grid", [Grid(3), Grid(4, group_size=8), Grid(5, symmetric=True)], ids=["3bit", "4bit-g8", "5bit-sym"])
+@pytest.mark.parametrize(
+    "grid", [Grid(3), Grid(4, group_size=8), Grid(5, symmetric=True)], ids=["3bit", "4bit-g8", "5bit-sym"]
+)
 def test_error_is_at_most_half_a_step_and_one_at_the_ends(grid: Grid) -> None:
     x = assorted()[:5]
     scale, zero = qparams(*extremes(x, grid), grid)
@@ -232,9 +234,11 @@ def test_zero_point_never_leaves_the_grid_when_the_stored_scale_is_rounded_down(
     for bits in (2, 4, 8):
         grid = Grid(bits)
         scale, zero = stored_qparams(lows, torch.zeros_like(lows), grid)
-        assert 0 <= zero.min() and zero.max() <= grid.qmax
+        assert zero.min() >= 0 and zero.max() <= grid.qmax
     unclamped = (-lows / scale.float()).round()
-    assert unclamped.max() > grid.qmax  # small scales are float16 subnormals: without the clamp it would leave
+    assert (
+        unclamped.max() > grid.qmax
+    )  # small scales are float16 subnormals: without the clamp it would leave
 
 
 def test_nearest_code_is_chosen_for_the_stored_scale() -> None:
@@ -278,7 +282,9 @@ def test_same_weight_gives_the_same_codes() -> None:
 def test_stored_bits(grid: Grid, zero_points: list[int], expected: int) -> None:
     groups = grid.n_groups(32)
     zero = torch.tensor(zero_points, dtype=torch.int16)[:, None].expand(2, groups)
-    quantized = QuantizedWeight(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, groups).half(), zero, grid)
+    quantized = QuantizedWeight(
+        torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, groups).half(), zero, grid
+    )
     assert quantized.stored_bits == expected
 
 

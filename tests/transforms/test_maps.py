@@ -37,7 +37,10 @@ def full() -> tuple[Map, Tensor]:
 
 def rotations() -> tuple[Map, Tensor]:
     a, b = torch.randn(GROUPS, WIDTH // 2, **DOUBLE), torch.randn(GROUPS, WIDTH // 2, **DOUBLE)
-    parts = [torch.cat((torch.cat((p.diag(), -q.diag()), 1), torch.cat((q.diag(), p.diag()), 1))) for p, q in zip(a, b)]
+    parts = [
+        torch.cat((torch.cat((p.diag(), -q.diag()), 1), torch.cat((q.diag(), p.diag()), 1)))
+        for p, q in zip(a, b, strict=True)
+    ]
     return Rotations(a, b), torch.block_diag(*parts)
 
 
@@ -92,7 +95,8 @@ def test_inverse_agrees_with_finite_differences(shape: tuple[int, ...]) -> None:
 
 
 def test_inverse_gradient_matches_a_difference_quotient_in_a_random_direction() -> None:
-    matrix, direction, weights = conditioned(2, 8, 8).requires_grad_(), torch.randn(2, 8, 8, **DOUBLE), torch.randn(2, 8, 8, **DOUBLE)
+    matrix = conditioned(2, 8, 8).requires_grad_()
+    direction, weights = torch.randn(2, 2, 8, 8, **DOUBLE)
     (found,) = torch.autograd.grad((weights * inverse(matrix)).sum(), matrix)
     with torch.no_grad():
         up, down = ((weights * torch.linalg.inv(matrix + h * direction)).sum() for h in (1e-6, -1e-6))
@@ -108,7 +112,9 @@ def test_inverse_gradient_matches_a_difference_quotient_in_a_random_direction() 
 def test_every_use_is_differentiable_in_the_parameters(make: Callable[[Tensor], Map], use: str) -> None:
     parameters = (1 + 0.2 * torch.randn(8, 4, **DOUBLE)).requires_grad_()
     operand = torch.randn(8, 8, **DOUBLE)
-    assert torch.autograd.gradcheck(lambda p: getattr(make(p), use)(operand), parameters, atol=1e-7, rtol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda p: getattr(make(p), use)(operand), parameters, atol=1e-7, rtol=1e-5
+    )
 
 
 def test_a_singular_matrix_gives_non_finite_entries_and_no_exception() -> None:

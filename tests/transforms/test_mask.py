@@ -41,7 +41,8 @@ def test_every_entry_at_every_epoch(size: int, epochs: int, stability_factor: fl
         band = published_band(size, epoch, epochs)
         expected = [[entry(i, j, band, stability_factor) for j in range(size)] for i in range(size)]
         mask = gradual_mask(size, bandwidth(size, epoch, epochs), stability_factor, like)
-        assert mask.tolist() == expected
+        assert mask.dtype == torch.float64
+        assert torch.allclose(mask, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -63,6 +64,10 @@ def test_the_authors_floating_point_ends_one_band_short_where_the_docstring_says
     for size in (64, 128, 768, 2048, 5120, 8192):
         for epochs in (20, 40):
             assert int((size - 1) / (epochs - 1) * (epochs - 1)) + 1 == bandwidth(size, epochs - 1, epochs)
+
+
+def test_a_float64_mask_holds_the_stability_factor_in_float64() -> None:
+    assert gradual_mask(2, 2, 0.01, torch.zeros(1, dtype=torch.float64))[0, 1].item() == 0.01
 
 
 def test_the_mask_takes_dtype_and_device_of_its_example() -> None:

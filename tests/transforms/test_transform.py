@@ -41,7 +41,9 @@ BY_KIND = {
 def legal_kinds(variant: str, site: str) -> tuple[str, ...]:
     if site != "query_key":
         return BY_KIND[site]
-    return {"opt": ("diagonal", "paired", "matrix", "rotation"), "qwen3": ()}.get(variant, ("paired", "rotation"))
+    return {"opt": ("diagonal", "paired", "matrix", "rotation"), "qwen3": ()}.get(
+        variant, ("paired", "rotation")
+    )
 
 
 LEGAL = [
@@ -105,7 +107,9 @@ def test_the_cases_below_cover_every_site_of_every_architecture(case_of, variant
 
 
 @pytest.mark.parametrize(("variant", "site", "kind"), LEGAL)
-def test_block_output_is_unchanged_before_and_after_folding(case_of, variant: str, site: str, kind: str) -> None:
+def test_block_output_is_unchanged_before_and_after_folding(
+    case_of, variant: str, site: str, kind: str
+) -> None:
     case = case_of(variant)
     transform = make(kind, case.spec, case.spec.site(site))
     assert transform.function_preserving
@@ -138,7 +142,9 @@ def test_every_epoch_of_the_mask_keeps_the_function(case_of, epoch: int) -> None
 
 @pytest.mark.parametrize("kind", ["diagonal", "matrix"])
 @pytest.mark.parametrize("variant", ["llama", "llama-mha", "llama-wide", "mistral", "qwen2"])
-def test_published_query_key_forms_do_not_survive_rotary_embedding_and_say_so(case_of, variant, kind: str) -> None:
+def test_published_query_key_forms_do_not_survive_rotary_embedding_and_say_so(
+    case_of, variant, kind: str
+) -> None:
     case = case_of(variant)
     transform = make(kind, case.spec, case.spec.site("query_key"))
     assert not transform.function_preserving
@@ -149,22 +155,23 @@ def test_the_activation_becomes_x_minus_shift_times_the_inverse(case_of) -> None
     """What the consumers read: equivalence alone would accept a transform and its inverse swapped."""
     case = case_of("llama")
     spec = case.spec
+
+    def read_by(role: str, tensors: BlockTensors) -> Tensor:
+        prepared, seen = case.prepared().load(tensors), []
+        prepared.linears[role].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            prepared(case.hidden, **case.kwargs)
+        return seen[0]
+
     for name, reader in (("attn_in", "k"), ("value_out", "o")):
         transform = make("matrix+shift", spec, spec.site(name))
-        seen: dict[str, Tensor] = {}
-        for label, tensors in (("old", case.tensors()), ("new", fold(case.tensors(), [transform]))):
-            prepared = case.prepared().load(tensors)
-            prepared.linears[reader].register_forward_pre_hook(
-                lambda _, args, label=label: seen.__setitem__(label, args[0])
-            )
-            with torch.no_grad():
-                prepared(case.hidden, **case.kwargs)
+        old, new = read_by(reader, case.tensors()), read_by(reader, fold(case.tensors(), [transform]))
         matrices, shift = transform.effective().detach(), transform.shift.detach()
         if name == "value_out":  # each key/value head serves two query heads
             matrices = matrices[[0, 0, 1, 1]]
             shift = shift.reshape(2, 8)[[0, 0, 1, 1]].reshape(-1)
-        expected = (seen["old"] - shift) @ torch.linalg.inv(torch.block_diag(*matrices))
-        assert torch.allclose(seen["new"], expected, rtol=1e-9, atol=1e-9)
+        expected = (old - shift) @ torch.linalg.inv(torch.block_diag(*matrices))
+        assert torch.allclose(new, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", ["llama", "opt"])
@@ -193,7 +200,9 @@ def test_fold_is_the_float64_result_in_the_dtype_of_the_block(case_of, variant: 
 @pytest.mark.parametrize("kind", ["shift", "diagonal+shift", "matrix+shift", "paired", "rotation"])
 def test_every_parameter_gets_a_gradient(case_of, kind: str) -> None:
     case = case_of("llama")
-    transform = make(kind, case.spec, case.spec.site("query_key" if kind in ("paired", "rotation") else "attn_in"))
+    transform = make(
+        kind, case.spec, case.spec.site("query_key" if kind in ("paired", "rotation") else "attn_in")
+    )
     tensors = apply_all(case.tensors(), [transform])
     sum(tensor.square().sum() for tensor in all_tensors(tensors).values()).backward()
     assert list(transform.parameters())
@@ -208,7 +217,10 @@ def test_a_paired_diagonal_starts_at_the_mean_of_each_rotary_pair(case_of) -> No
     scale = torch.arange(16.0) + 1  # two heads of eight
     transform = DiagonalTransform(spec, spec.site("query_key"), scale, paired=True)
     assert transform.scale.tolist() == [[3, 4, 5, 6], [11, 12, 13, 14]]
-    assert transform.build_map().scale.tolist() == [[3, 4, 5, 6, 3, 4, 5, 6], [11, 12, 13, 14, 11, 12, 13, 14]]
+    assert transform.build_map().scale.tolist() == [
+        [3, 4, 5, 6, 3, 4, 5, 6],
+        [11, 12, 13, 14, 11, 12, 13, 14],
+    ]
 
 
 def test_a_matrix_starts_at_its_diagonal_and_a_rotation_at_the_identity(case_of) -> None:
@@ -240,7 +252,9 @@ def test_epochs_widen_the_band_of_the_effective_matrix(case_of) -> None:
 
 def test_without_the_gradual_mask_the_band_is_full_from_the_first_epoch(case_of) -> None:
     spec = case_of("llama").spec
-    transform = MatrixTransform(spec, spec.site("value_out"), torch.ones(16), stability_factor=0.1, gradual=False)
+    transform = MatrixTransform(
+        spec, spec.site("value_out"), torch.ones(16), stability_factor=0.1, gradual=False
+    )
     transform.set_epoch(0, 20)
     assert (transform.mask[~torch.eye(8, dtype=torch.bool)] == torch.tensor(0.1)).all()
 
@@ -261,7 +275,9 @@ def test_guard_pushes_small_scales_out_and_leaves_exact_zeros(case_of) -> None:
 @pytest.mark.parametrize("guard", ["diagonal", "all"])
 def test_guard_of_a_matrix_covers_its_diagonal_or_all_of_it(case_of, guard: str) -> None:
     spec = case_of("llama").spec
-    transform = MatrixTransform(spec, spec.site("value_out"), torch.ones(16), stability_factor=0.1, guard=guard)
+    transform = MatrixTransform(
+        spec, spec.site("value_out"), torch.ones(16), stability_factor=0.1, guard=guard
+    )
     with torch.no_grad():
         transform.matrix.copy_(SMALL.repeat(2, 8, 1))
         for head in transform.matrix:
@@ -320,7 +336,9 @@ COSTS = [
 
 
 @pytest.mark.parametrize(
-    ("variant", "site", "kind", "cost"), COSTS, ids=[f"{variant}-{site}-{kind}" for variant, site, kind, _ in COSTS]
+    ("variant", "site", "kind", "cost"),
+    COSTS,
+    ids=[f"{variant}-{site}-{kind}" for variant, site, kind, _ in COSTS],
 )
 def test_cost_after_folding(case_of, variant: str, site: str, kind: str, cost: TransformCost) -> None:
     spec = case_of(variant).spec
