@@ -67,7 +67,8 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     listener = listener or Listener()
     classes = {request.name: METHODS.load(request.name) for request in config.methods}
     methods = [
-        validated(classes[request.name], request.options, f"method {request.name}") for request in config.methods
+        validated(classes[request.name], request.options, f"method {request.name}")
+        for request in config.methods
     ]
     schemes = config.parsed_schemes
     require_writable(config.output)
@@ -96,7 +97,9 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
 
     listener.stage("calibration")
     calibration, evaluations = _texts(config, loaded)
-    contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, evaluations))
+    contract, fields = provenance.contract(
+        _contract_fields(config, loaded, settings, calibration, evaluations)
+    )
     store = ResultStore(config.output)
     common = _Common(config, loaded, settings, calibration, evaluations, contract, fields, store, listener)
     for lane, method in lanes:
@@ -105,7 +108,13 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     rows = [_baseline(common)]
     listener.row(rows[0])
     finished = reconstruct(
-        loaded.model, list(loaded.blocks), loaded.spec, [lane for lane, _ in lanes], calibration.ids, settings, listener
+        loaded.model,
+        list(loaded.blocks),
+        loaded.spec,
+        [lane for lane, _ in lanes],
+        calibration.ids,
+        settings,
+        listener,
     )
     failures = []
     for (lane, method), result in zip(lanes, finished, strict=True):
@@ -139,10 +148,14 @@ def _device(asked: str) -> torch.device:
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={asked}: torch sees no CUDA device here. Use --device cpu, or leave it out.")
+        raise ConfigError(
+            f"device={asked}: torch sees no CUDA device here. Use --device cpu, or leave it out."
+        )
     device = torch.device(asked)
     if device.index is not None and device.index >= torch.cuda.device_count():
-        raise ConfigError(f"device={asked}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0.")
+        raise ConfigError(
+            f"device={asked}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0."
+        )
     return device
 
 
@@ -199,7 +212,9 @@ def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, list[_
     source = calibration.dataset if calibration.dataset != "auto" else "stdlib" if embedded else "wikitext2"
     default_length = EMBEDDED_SEQ_LEN if embedded else min(PUBLISHED_SEQ_LEN, loaded.max_seq_len)
     seq_len = calibration.seq_len or default_length
-    eval_seq_len = config.evals.seq_len or (min(PUBLISHED_SEQ_LEN, loaded.max_seq_len) if embedded else seq_len)
+    eval_seq_len = config.evals.seq_len or (
+        min(PUBLISHED_SEQ_LEN, loaded.max_seq_len) if embedded else seq_len
+    )
     for what, length in (("calibration", seq_len), ("evaluation", eval_seq_len)):
         if length > loaded.max_seq_len:
             raise ConfigError(
@@ -243,7 +258,9 @@ def _contract_fields(
             "seq_len": calibration.ids.shape[1],
             "bos": calibration.bos_policy,
         },
-        "evaluation": {e.name: {"protocol": e.protocol, "tokens": e.windows.fingerprint} for e in evaluations},
+        "evaluation": {
+            e.name: {"protocol": e.protocol, "tokens": e.windows.fingerprint} for e in evaluations
+        },
         "operands": {
             "linear_inputs": "per token, asymmetric, dynamic",
             "attention": f"q, k, v {settings.attention_granularity}; softmax not quantized",
@@ -316,7 +333,8 @@ def _baseline(common: _Common) -> Result:
     """Row of the full-precision model; its measurements are cached by content."""
     fields = common.fields
     key = provenance.sha256_json(
-        {k: fields[k] for k in ("model", "model_dtype", "evaluation")} | {"device": common.settings.device.type}
+        {k: fields[k] for k in ("model", "model_dtype", "evaluation")}
+        | {"device": common.settings.device.type}
     )
     cache = common.store.folder / "cache" / f"baseline-{key[:24]}.json"
     notes: list[str] = []
@@ -369,7 +387,12 @@ def _record(
     notes: list[str],
     result: LaneResult | None,
 ) -> Result:
-    identity = {"contract": common.contract, "method": method, "options": dict(options), "scheme": str(scheme)}
+    identity = {
+        "contract": common.contract,
+        "method": method,
+        "options": dict(options),
+        "scheme": str(scheme),
+    }
     row = Result(
         id=provenance.sha256_json(identity),
         model=common.config.model,

@@ -77,7 +77,9 @@ def _obstacle(loaded: LoadedModel, states: list[BlockTensors]) -> str | None:
         return "full matrices remain after the norms at run time (--no-use-ln-matrix folds everything)"
     if not loaded.spec.norm_bias and any(bias is not None for t in states for bias in t.norm_bias.values()):
         return "shifts leave a bias behind each RMSNorm (--no-shift folds everything)"
-    allowed = {role for roles in loaded.architecture.bias_options.values() for role in roles} | loaded.spec.biased
+    allowed = {
+        role for roles in loaded.architecture.bias_options.values() for role in roles
+    } | loaded.spec.biased
     extra = sorted({r for t in states for r, b in t.bias.items() if b is not None} - allowed)
     if extra:
         return f"{loaded.architecture.name} has no bias on {', '.join(extra)} (--no-shift folds everything)"

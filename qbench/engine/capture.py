@@ -20,7 +20,9 @@ class _ReachedFirstBlock(Exception):
         self.hidden, self.kwargs = hidden, kwargs
 
 
-def block_inputs(model: nn.Module, first_block: nn.Module, ids: Tensor) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def block_inputs(
+    model: nn.Module, first_block: nn.Module, ids: Tensor
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Yield (hidden states [1, seq, hidden], keyword arguments) of the first block for each window.
 
     Args:

@@ -26,7 +26,8 @@ def capture_step(
     initial = [p.detach().clone() for p in parameters]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
+    captured = True
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             step()
@@ -37,7 +38,7 @@ def capture_step(
             step()
     except RuntimeError:
         torch.cuda.synchronize()
-        graph = None
+        captured = False
     with torch.no_grad():
         for parameter, value in zip(parameters, initial, strict=True):
             parameter.copy_(value)
@@ -45,4 +46,4 @@ def capture_step(
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
-    return None if graph is None else graph.replay
+    return graph.replay if captured else None

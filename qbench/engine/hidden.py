@@ -37,7 +37,7 @@ class HiddenStates:
         self.shape, self.device, self.placement = shape, device, placement
         self._file = None
         if placement == "disk":
-            self._file = tempfile.NamedTemporaryFile(prefix="qbench-hidden-", dir=folder)
+            self._file = tempfile.NamedTemporaryFile(prefix="qbench-hidden-", dir=folder)  # noqa: SIM115 (closed with the array)
             size = shape[0] * shape[1] * shape[2]
             self._file.truncate(size * dtype.itemsize)
             self._data = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype).view(shape)

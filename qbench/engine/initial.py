@@ -1,5 +1,7 @@
-"""Initial values of learnable transforms, from a block's weights and its input statistics (`specs` in the papers:
-OmniQuant §3.3, AffineQuant §4.1). Shared by every method that learns a scale or a shift."""
+"""Initial values of learnable transforms, from a block's weights and its input statistics.
+
+Shared by every method that learns a scale or a shift. OmniQuant §3.3; AffineQuant starts its matrices' diagonals there.
+"""
 
 from __future__ import annotations
 

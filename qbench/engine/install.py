@@ -57,10 +57,10 @@ def on_device(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> 
         if _fits(model, device):
             model.to(device)
         else:
-            for name, child in model.named_modules():
-                if not any(child is block for block in blocks) and not any(True for _ in child.children()):
-                    if not any(name.startswith(f"{prefix}.") for prefix in _paths(model, blocks)):
-                        child.to(device)
+            inside = {id(module) for module in blocks.modules()}
+            for child in model.modules():  # embeddings, rotary tables, last norm and head stay on the device
+                if id(child) not in inside and not list(child.children()):
+                    child.to(device)
             for block in blocks:
                 handles.append(block.register_forward_pre_hook(lambda module, args: _move(module, device)))
                 handles.append(block.register_forward_hook(lambda module, args, out: _move(module, "cpu")))
@@ -69,10 +69,6 @@ def on_device(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> 
         for handle in handles:
             handle.remove()
         model.to("cpu")
-
-
-def _paths(model: nn.Module, blocks: nn.ModuleList) -> list[str]:
-    return [name for name, module in model.named_modules() if module is blocks]
 
 
 def _move(module: nn.Module, device: torch.device | str) -> None:

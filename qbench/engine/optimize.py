@@ -41,8 +41,8 @@ def quantized_tensors(
     tensors = apply_all(base, plan.transforms)
     if grid.bits < 16:
         for role, weight in tensors.weight.items():
-            logits = plan.clipping.logits(role) if plan.clipping is not None else (None, None)
-            tensors.weight[role] = fake_quantize(weight, grid, *logits, out_dtype=dtype)
+            upper, lower = plan.clipping.logits(role) if plan.clipping is not None else (None, None)
+            tensors.weight[role] = fake_quantize(weight, grid, upper, lower, dtype)
     return tensors
 
 
@@ -81,7 +81,9 @@ class _Step:
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], weight_decay=0.0, fused=True, capturable=on_gpu
         )
-        self.scaler = torch.amp.GradScaler(settings.device.type) if settings.autocast == torch.float16 else None
+        self.scaler = (
+            torch.amp.GradScaler(settings.device.type) if settings.autocast == torch.float16 else None
+        )
 
     def snapshot(self) -> list[Tensor]:
         """Copies of everything a step changes."""
@@ -94,10 +96,14 @@ class _Step:
             tensor.copy_(snapshot[i]) if i < len(snapshot) else tensor.zero_()
 
     def _state(self) -> list[Tensor]:
-        moments = [v for p in self.parameters for v in self.optimizer.state[p].values() if isinstance(v, Tensor)]
+        moments = [
+            v for p in self.parameters for v in self.optimizer.state[p].values() if isinstance(v, Tensor)
+        ]
         return [*self.parameters, *moments]
 
-    def fill(self, batch: range, inputs: HiddenStates, target: HiddenStates, same: HiddenStates | None) -> None:
+    def fill(
+        self, batch: range, inputs: HiddenStates, target: HiddenStates, same: HiddenStates | None
+    ) -> None:
         """Copy the windows of one step into the buffers."""
         start, stop = batch.start, batch.stop
         self.inputs[: len(batch)].copy_(inputs.read(start, stop), non_blocking=True)
@@ -185,7 +191,10 @@ def fit(
     training = plan.training
     assert training is not None
     step = _Step(prepared, plan, training, base, grid, kwargs, settings, inputs.shape[1:])
-    batches = [range(i, min(i + settings.batch_size, len(inputs))) for i in range(0, len(inputs), settings.batch_size)]
+    batches = [
+        range(i, min(i + settings.batch_size, len(inputs)))
+        for i in range(0, len(inputs), settings.batch_size)
+    ]
     on_gpu = settings.device.type == "cuda"
     report = FitReport()
     replay: Callable[[], None] | None = None
@@ -247,9 +256,10 @@ def _require_finite(
 ) -> float:
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
+            arithmetic = str(settings.autocast or torch.float32).removeprefix("torch.")
             raise NumericalError(
                 f"The loss became {loss} in epoch {epoch + 1} of {epochs}, step {i + 1} of {len(losses)} (last finite "
-                f"loss {last_finite:.4g}; arithmetic {str(settings.autocast or torch.float32).removeprefix('torch.')}). "
+                f"loss {last_finite:.4g}; arithmetic {arithmetic}). "
                 "Try --autocast bfloat16 or float32, a lower --let-lr, or a smaller --sf."
             )
         last_finite = loss

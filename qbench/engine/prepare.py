@@ -73,7 +73,7 @@ class PreparedNorm(nn.Module):
         """Substitute the tensors."""
         self.norm.weight = weight
         if self.has_bias:
-            self.norm.bias = bias
+            self.norm.bias = bias  # type: ignore[assignment]
         else:
             self.added_bias = bias
         self.matrix = matrix
@@ -101,12 +101,13 @@ class PreparedBlock(nn.Module):
             config = getattr(module, "config", None)
             if config is not None:
                 shared[id(config)] = config
-        self.block = copy.deepcopy(block, shared)  # type: ignore[arg-type]
+        self.block = copy.deepcopy(block, shared)
         self.block.requires_grad_(False)
         self.spec = spec
         self.linears = {role: PreparedLinear() for role in spec.linears}
         self.norms = {
-            name: PreparedNorm(self.block.get_submodule(path), spec.norm_bias) for name, path in spec.norms.items()
+            name: PreparedNorm(self.block.get_submodule(path), spec.norm_bias)
+            for name, path in spec.norms.items()
         }
         for role, path in spec.linears.items():
             self.block.set_submodule(path, self.linears[role])
@@ -138,7 +139,9 @@ class PreparedBlock(nn.Module):
             return Grid(bits, zero_in_range=zero_in_range) if bits < 16 else None
 
         activation = grid(scheme.abits) if scheme else None
-        at_norms = {role for site in self.spec.sites.values() if site.kind == "norm" for role in site.consumers}
+        at_norms = {
+            role for site in self.spec.sites.values() if site.kind == "norm" for role in site.consumers
+        }
         for role, linear in self.linears.items():
             linear.input_grid = None if role in at_norms else activation
         for norm in self.norms.values():
@@ -156,19 +159,21 @@ class PreparedBlock(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
 
-def block_tensors(block: nn.Module, spec: BlockSpec, device: torch.device | str, dtype: torch.dtype) -> BlockTensors:
+def block_tensors(
+    block: nn.Module, spec: BlockSpec, device: torch.device | str, dtype: torch.dtype
+) -> BlockTensors:
     """Copies of a block's tensors by role, on a device and in a dtype."""
 
-    def take(tensor: Tensor | None) -> Tensor | None:
+    def take(tensor: Any) -> Any:
         return None if tensor is None else tensor.detach().to(device=device, dtype=dtype, copy=True)
 
     tensors = BlockTensors()
     for role, path in spec.linears.items():
         linear = block.get_submodule(path)
-        tensors.weight[role], tensors.bias[role] = take(linear.weight), take(linear.bias)  # type: ignore[assignment]
+        tensors.weight[role], tensors.bias[role] = take(linear.weight), take(linear.bias)
     for name, path in spec.norms.items():
         norm = block.get_submodule(path)
-        tensors.norm_weight[name] = take(norm.weight)  # type: ignore[assignment]
+        tensors.norm_weight[name] = take(norm.weight)
         tensors.norm_bias[name] = take(getattr(norm, "bias", None))
         tensors.norm_matrix[name] = None
     return tensors

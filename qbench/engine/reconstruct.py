@@ -106,7 +106,14 @@ class LaneResult:
 class _Stream:
     """Full-precision path and shared facts of the pass through the model."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, settings: EngineSettings):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        ids: Tensor,
+        settings: EngineSettings,
+        n_lanes: int = 1,
+    ):
         self.settings = settings
         self.notes: list[str] = []
         self.kwargs: dict[str, Any] = {}
@@ -114,7 +121,9 @@ class _Stream:
         for i, (hidden, kwargs) in enumerate(block_inputs(model, blocks[0], ids)):
             if i == 0:
                 shape = (len(ids), *hidden.shape[1:])
-                n_bytes = 4 * hidden.numel() * len(ids) * 4  # fp and quantized path, two targets, float32
+                # float32: the full-precision path's inputs and outputs, each lane's inputs, and one lane's outputs
+                # and second target
+                n_bytes = (4 + n_lanes) * 4 * hidden.numel() * len(ids)
                 placement = settings.placement or choose_placement(n_bytes, settings.device, settings.scratch)
                 self.inputs = HiddenStates(shape, settings.device, placement, folder=settings.scratch)
                 self.kwargs = move(kwargs, settings.device, torch.float32)
@@ -123,7 +132,9 @@ class _Stream:
     def fall_back(self, what: str) -> None:
         """Go from float16 to bfloat16 for the rest of the pass, if that is allowed; otherwise raise."""
         if self.settings.autocast != torch.float16:
-            raise NumericalError(f"{what}: is the checkpoint damaged? Try --dtype float32 --autocast float32.")
+            raise NumericalError(
+                f"{what}: is the checkpoint damaged? Try --dtype float32 --autocast float32."
+            )
         if not self.settings.allow_fallback:
             raise NumericalError(
                 f"{what} in float16, whose largest value is 65504. Use --autocast bfloat16 or float32, or "
@@ -189,7 +200,7 @@ def reconstruct(
     """
     listener = listener or Listener()
     listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
-    stream = _Stream(model, blocks, ids, settings)
+    stream = _Stream(model, blocks, ids, settings, len(lanes))
     listener.stage("quantize")
     listener.blocks(len(blocks), [lane.name for lane in lanes])
     results = [LaneResult(lane) for lane in lanes]
@@ -220,9 +231,10 @@ def reconstruct(
                 state = lane.checkpoint.load(index)
             else:
                 try:
+                    position = (index, len(blocks), observer.stats)
                     state = _quantize_block(
-                        lane, index, len(blocks), prepared, base, observer.stats, stream, q_inputs[i], fp_outputs, listener
-                    )  # fmt: skip
+                        lane, position, prepared, base, stream, q_inputs[i], fp_outputs, listener
+                    )
                 except NumericalError as error:  # this lane ends here, the others go on
                     results[i].error = NumericalError(f"{lane.name}, block {index}: {error}")
                     listener.note(str(results[i].error))
@@ -252,21 +264,20 @@ def _as_stored(prepared: PreparedBlock, state: BlockState, scheme: Scheme, setti
 
 def _quantize_block(
     lane: Lane,
-    index: int,
-    n_blocks: int,
+    position: tuple[int, int, dict[str, ActivationStats]],
     prepared: PreparedBlock,
     base: BlockTensors,
-    stats: dict[str, ActivationStats],
     stream: _Stream,
     q_inputs: HiddenStates,
     fp_outputs: HiddenStates,
     listener: Listener,
 ) -> BlockState:
-    """Plan, fit, fold and round one block for one lane."""
+    """Plan, fit, fold and round one block for one lane; `position` is (index, blocks in all, statistics)."""
+    index, n_blocks, stats = position
     settings, scheme = stream.settings, lane.scheme
     grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
     if scheme.is_identity:  # nothing to do, bit for bit
-        return _finish(base, BlockPlan(), grid, index, FitReport())
+        return _finish(base, BlockPlan(), grid, prepared.spec, index, FitReport())
     view = BlockView(index, n_blocks, prepared.spec, scheme, grid, base, stats)
     plan = _plan(lane, view, settings)
     report = FitReport()
@@ -292,7 +303,7 @@ def _quantize_block(
             plan.notes.append(f"block {index} fitted in bfloat16: float16 gave a loss that is not finite")
             report = train(plan, replace(settings, autocast=torch.bfloat16))
     plan.notes.extend(stream.notes)
-    return _finish(fold(base, plan.transforms), plan, grid, index, report)
+    return _finish(fold(base, plan.transforms), plan, grid, prepared.spec, index, report)
 
 
 def _plan(lane: Lane, view: BlockView, settings: EngineSettings) -> BlockPlan:
@@ -303,7 +314,9 @@ def _plan(lane: Lane, view: BlockView, settings: EngineSettings) -> BlockPlan:
     return plan
 
 
-def _finish(folded: BlockTensors, plan: BlockPlan, grid: Grid, index: int, report: FitReport) -> BlockState:
+def _finish(
+    folded: BlockTensors, plan: BlockPlan, grid: Grid, spec: BlockSpec, index: int, report: FitReport
+) -> BlockState:
     """Round folded weights to codes over the plan's ranges."""
     linears: dict[str, QuantizedWeight | Tensor] = {}
     for role, weight in folded.weight.items():
@@ -311,10 +324,14 @@ def _finish(folded: BlockTensors, plan: BlockPlan, grid: Grid, index: int, repor
             linears[role] = weight
             continue
         ranges = plan.clipping.ranges(role, weight, grid) if plan.clipping else uniform.extremes(weight, grid)
-        linears[role] = plan.rounding(weight, *ranges, grid)
-        if not bool(linears[role].scale.isfinite().all()):
-            raise NumericalError(f"Block {index}: the scales of {role} are not finite after folding the transforms.")
-    learned = {f"{t.site.name}.{name}": p.detach() for t in plan.transforms for name, p in t.named_parameters()}
+        linears[role] = quantized = plan.rounding(weight, *ranges, grid)
+        if not bool(quantized.scale.isfinite().all()):
+            raise NumericalError(
+                f"Block {index}: the scales of {role} are not finite after folding the transforms."
+            )
+    learned = {
+        f"{t.site.name}.{name}": p.detach() for t in plan.transforms for name, p in t.named_parameters()
+    }
     if plan.clipping is not None:
         learned |= {f"clipping.{name}": p.detach() for name, p in plan.clipping.named_parameters()}
     conditions = {f"condition.{t.site.name}": t.condition() for t in plan.transforms}
@@ -327,8 +344,11 @@ def _finish(folded: BlockTensors, plan: BlockPlan, grid: Grid, index: int, repor
         notes=list(plan.notes),
         extras=report.extras | {name: value for name, value in conditions.items() if value is not None},
     )
+    new_biases = tuple(
+        role for role, bias in folded.bias.items() if bias is not None and role not in spec.biased
+    )
     folded.weight = {}
-    return BlockState(linears, folded, learned, record, [_describe(t) for t in plan.transforms])
+    return BlockState(linears, folded, learned, record, [_describe(t) for t in plan.transforms], new_biases)
 
 
 def _describe(transform: Transform) -> TransformRecord:
@@ -340,7 +360,9 @@ def _describe(transform: Transform) -> TransformRecord:
         function_preserving=transform.function_preserving,
         stored_bits=cost.stored_bits,
         flops_per_token=cost.flops_per_token,
-        note=None if transform.function_preserving else f"{transform.site.name} transform does not commute with RoPE",
+        note=None
+        if transform.function_preserving
+        else f"{transform.site.name} transform does not commute with RoPE",
     )
 
 

@@ -31,6 +31,7 @@ class BlockState:
         learned: Parameters as trained, by name, for analysis and for writing the authors' format.
         record: Losses, errors, seconds, notes.
         transforms: What each transform is and costs.
+        new_biases: Linears that got a bias which the model does not have.
     """
 
     linears: dict[str, QuantizedWeight | Tensor]
@@ -38,6 +39,7 @@ class BlockState:
     learned: dict[str, Tensor] = field(default_factory=dict)
     record: BlockRecord | None = None
     transforms: list[TransformRecord] = field(default_factory=list)
+    new_biases: tuple[str, ...] = ()
 
     def tensors(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> BlockTensors:
         """The block's tensors with weights derived from the integers, ready for a prepared block."""
@@ -51,11 +53,13 @@ class BlockState:
 
     @property
     def weight_bits(self) -> int:
-        """Stored bits of codes, scales and zero points (16 per untouched weight)."""
-        return sum(
+        """Stored bits of codes, scales and zero points (16 per untouched weight) and of new biases."""
+        weights = sum(
             linear.stored_bits if isinstance(linear, QuantizedWeight) else 16 * linear.numel()
             for linear in self.linears.values()
         )
+        biases = [bias for role in self.new_biases if (bias := self.rest.bias[role]) is not None]
+        return weights + 16 * sum(bias.numel() for bias in biases)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -81,8 +85,11 @@ class BlockState:
             "norms": list(self.rest.norm_weight),
             "record": self.record.model_dump() if self.record else None,
             "transforms": [t.model_dump() for t in self.transforms],
+            "new_biases": list(self.new_biases),
         }
-        save_file({k: v.detach().cpu().contiguous() for k, v in flat.items()}, path, {"qbench": json.dumps(meta)})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in flat.items()}, path, {"qbench": json.dumps(meta)}
+        )
 
     @classmethod
     def load(cls, path: Path) -> BlockState:
@@ -96,7 +103,9 @@ class BlockState:
                 meta = json.loads((file.metadata() or {}).get("qbench", "{}"))
                 flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError, ValueError) as error:
-            raise DataError(f"Cannot read checkpoint file {path}: {error}. Delete it, or use --restart.") from error
+            raise DataError(
+                f"Cannot read checkpoint file {path}: {error}. Delete it, or use --restart."
+            ) from error
         if meta.get("format") != FORMAT:
             raise DataError(
                 f"Checkpoint file {path} has format {meta.get('format')}, this version reads {FORMAT}. Use --restart."
@@ -105,8 +114,10 @@ class BlockState:
         for role in meta["roles"]:
             if role in meta["grids"]:
                 grid = Grid(**meta["grids"][role])
-                parts = (flat[f"linear.{role}.{part}"] for part in ("codes", "scale", "zero_point"))
-                linears[role] = QuantizedWeight(*parts, grid)
+                codes, scale, zero = (
+                    flat[f"linear.{role}.{part}"] for part in ("codes", "scale", "zero_point")
+                )
+                linears[role] = QuantizedWeight(codes, scale, zero, grid)
             else:
                 linears[role] = flat[f"linear.{role}.weight"]
         rest = BlockTensors(
@@ -122,4 +133,5 @@ class BlockState:
             learned={k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)},
             record=BlockRecord(**meta["record"]) if meta["record"] else None,
             transforms=[TransformRecord(**t) for t in meta["transforms"]],
+            new_biases=tuple(meta["new_biases"]),
         )

@@ -1,4 +1,7 @@
-"""The methods, one file and one line each. Installed packages add theirs through the entry-point group `qbench.methods`."""
+"""The methods, one file and one line each.
+
+Installed packages add theirs through the entry-point group `qbench.methods`.
+"""
 
 from __future__ import annotations
 

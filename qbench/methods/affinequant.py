@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from qbench.engine.initial import initial_scale, initial_shift
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
 from qbench.methods.base import Method
 from qbench.models.base import BlockSpec, Site
 from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
-from qbench.engine.initial import initial_scale, initial_shift
 from qbench.transforms.transform import DiagonalTransform, MatrixTransform, RotationTransform, Transform
 
 
@@ -33,32 +33,41 @@ class AffineQuant(Method):
     lwc: bool = Field(True, description="Learn weight clipping.")
     let: bool = Field(True, description="Learn the affine transformation.")
     use_ln_matrix: bool | None = Field(
-        None, description="Full matrices after the norms (kept at run time). Preset: on for weight-only schemes."
+        None,
+        description="Full matrices after the norms (kept at run time). Preset: on for weight-only schemes.",
     )
     use_matrix: bool | None = Field(
         None, description="Per-head matrices at query_key. Preset: on where activations are quantized."
     )
-    shift: bool = Field(True, description="Learn a shift as well; on LLaMA it leaves a bias behind each RMSNorm.")
+    shift: bool = Field(
+        True, description="Learn a shift as well; on LLaMA it leaves a bias behind each RMSNorm."
+    )
     sf: float | None = Field(
         None,
         gt=0,
         le=1,
         description="Stability factor of off-diagonal entries. Preset: 0.01 weight-only (OPT: by size), else 0.1.",
-    
     )
-    gradual: bool = Field(True, description="Widen the mask from the diagonal epoch by epoch; off: full band at once.")
+    gradual: bool = Field(
+        True, description="Widen the mask from the diagonal epoch by epoch; off: full band at once."
+    )
     query_key: Literal["legal", "published"] = Field(
-        "legal", description="Under rotary embedding: what commutes with it, or the published form, which does not."
+        "legal",
+        description="Under rotary embedding: what commutes with it, or the published form, which does not.",
     )
     truncate: Literal["diagonal", "all"] = Field(
-        "diagonal", description="Entries kept at least 0.01 from zero; all: the published form, off-diagonals too."
+        "diagonal",
+        description="Entries kept at least 0.01 from zero; all: the published form, off-diagonals too.",
     )
-    epochs: int | None = Field(None, ge=1, description="Passes over the windows. Preset: 20; 40 for 2-bit weights.")
+    epochs: int | None = Field(
+        None, ge=1, description="Passes over the windows. Preset: 20; 40 for 2-bit weights."
+    )
     let_lr: float = Field(5e-3, gt=0, description="Learning rate of matrices, scales and shifts.")
     lwc_lr: float = Field(1e-2, gt=0, description="Learning rate of the clipping logits.")
     alpha: float = Field(0.5, ge=0, le=1, description="Initial balance of activations and weights.")
     aug_loss: bool | None = Field(
-        None, description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit."
+        None,
+        description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit.",
     )
 
     @property
@@ -74,7 +83,11 @@ class AffineQuant(Method):
         recipe = {
             "use_ln_matrix": weight_only,
             "use_matrix": not weight_only,
-            "sf": 0.1 if not weight_only else 1e-2 if llama else _opt_stability_factor(scheme, spec.hidden_size),
+            "sf": 0.1
+            if not weight_only
+            else 1e-2
+            if llama
+            else _opt_stability_factor(scheme, spec.hidden_size),
             "epochs": 40 if two_bits else 20,
             "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
         }
@@ -84,14 +97,18 @@ class AffineQuant(Method):
         """See `Method`."""
         notes = []
         if self.let and self.query_key == "published" and spec.rope:
-            notes.append("query_key transform in its published form, which does not preserve the function under RoPE")
+            notes.append(
+                "query_key transform in its published form, which does not preserve the function under RoPE"
+            )
         if self.let and self.use_ln_matrix:
             notes.append("needs a hidden×hidden product after each norm at run time, counted in bits/weight")
         return notes
 
     def plan(self, view: BlockView) -> BlockPlan:
         """See `Method`."""
-        transforms = [t for site in view.spec.sites.values() if (t := self._at(view, site))] if self.let else []
+        transforms = (
+            [t for site in view.spec.sites.values() if (t := self._at(view, site))] if self.let else []
+        )
         clipping = Clipping(view.spec.shapes, view.grid) if self.lwc and view.grid.bits < 16 else None
         training = None
         if transforms or clipping is not None:

@@ -43,7 +43,9 @@ class Method(BaseModel):
             UnsupportedSchemeError: Says what does not fit and what would.
         """
         if scheme.wbits < 16:
-            check_group_size(scheme.group_size, {spec.linears[r]: cols for r, (_, cols) in spec.shapes.items()})
+            check_group_size(
+                scheme.group_size, {spec.linears[r]: cols for r, (_, cols) in spec.shapes.items()}
+            )
 
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
         """Sentences that belong beside the row's numbers."""

@@ -82,7 +82,7 @@ def check(name: str) -> list[Fact]:
             facts.append(Fact(fact, True, detail))
         except _Failed as failure:
             facts.append(Fact(fact, False, str(failure)))
-        except Exception as error:  # noqa: BLE001 (a plugin may raise anything; that is the finding)
+        except Exception as error:
             facts.append(Fact(fact, False, f"{type(error).__name__}: {error}"))
     return facts
 
@@ -100,7 +100,12 @@ def _subjects() -> Iterator[_Subject]:
     """LLaMA with grouped-query attention, and OPT."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-    common: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     common["max_position_embeddings"] = 64
     builders: list[Callable[[], nn.Module]] = [
         lambda: LlamaForCausalLM(LlamaConfig(**common, intermediate_size=48, num_key_value_heads=2)),
@@ -179,7 +184,10 @@ def _on_grid(cls: type[Method]) -> str:
                     where = f"{subject.architecture.name} {scheme} block {i} {role}"
                     _require(isinstance(linear, QuantizedWeight), f"{where}: no integer codes")
                     assert isinstance(linear, QuantizedWeight)
-                    _require(int(linear.codes.max()) < 2**scheme.wbits, f"{where}: a code exceeds {scheme.wbits} bits")
+                    _require(
+                        int(linear.codes.max()) < 2**scheme.wbits,
+                        f"{where}: a code exceeds {scheme.wbits} bits",
+                    )
                     values = linear.grid.split(linear.dequantize())
                     most = max(len(group.unique()) for group in values.flatten(0, 1))
                     _require(most <= 2**scheme.wbits, f"{where}: {most} values in a group")
@@ -198,7 +206,9 @@ def _lanes(cls: type[Method]) -> str:
         together = _run(cls, subject, *SCHEMES)
         for scheme, result in zip(SCHEMES, together, strict=True):
             (alone,) = _run(cls, subject, scheme)
-            _require(_same(result, alone), f"{subject.architecture.name} {scheme}: differs from a run of its own")
+            _require(
+                _same(result, alone), f"{subject.architecture.name} {scheme}: differs from a run of its own"
+            )
     return "two lanes in one pass give the codes of two runs"
 
 
@@ -223,7 +233,9 @@ def _model_untouched(cls: type[Method]) -> str:
         _run(cls, subject, "W4A4")
         after = model.state_dict()
         _require(list(after) == list(before), "the state dict has other keys")
-        changed = [n for n in before if not torch.equal(before[n], after[n]) or before[n].dtype != after[n].dtype]
+        changed = [
+            n for n in before if not torch.equal(before[n], after[n]) or before[n].dtype != after[n].dtype
+        ]
         _require(not changed, f"changed: {', '.join(changed)}")
         _require(not any(p.requires_grad for p in model.parameters()), "a parameter requires a gradient")
         hooks = [n for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -247,7 +259,9 @@ def _transforms(cls: type[Method]) -> str:
                 expected = prepared.load(base)(hidden, **kwargs)
             grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size)
             single = base.map(lambda t: t.float())
-            plan = _method(cls, scheme, subject).plan(BlockView(0, 2, spec, scheme, grid, single, observer.stats))
+            plan = _method(cls, scheme, subject).plan(
+                BlockView(0, 2, spec, scheme, grid, single, observer.stats)
+            )
             generator = torch.Generator().manual_seed(3)
             for transform in (t.double() for t in plan.transforms):
                 seen += 1
@@ -259,8 +273,13 @@ def _transforms(cls: type[Method]) -> str:
                         error = float((out - expected).abs().max() / expected.abs().max())
                         if transform.function_preserving:
                             worst = max(worst, error)
-                            what = f"{subject.architecture.name} {text} {transform.site.name} {transform.kind}"
-                            _require(error < TOLERANCE, f"{what}: declared function-preserving, moves the block by {error:.1e}")
+                            what = (
+                                f"{subject.architecture.name} {text} {transform.site.name} {transform.kind}"
+                            )
+                            _require(
+                                error < TOLERANCE,
+                                f"{what}: declared function-preserving, moves the block by {error:.1e}",
+                            )
     return f"{seen} transforms, largest deviation {worst:.1e}" if seen else "no transforms"
 
 
@@ -271,7 +290,9 @@ def _not_above_rtn(cls: type[Method]) -> str:
         (result,), (rounded,) = _run(cls, subject, "W4A4"), _run(rtn, subject, "W4A4")
         error, floor = (r.records[-1].accumulated_error or 0.0 for r in (result, rounded))
         ratios.append(error / floor)
-        _require(error <= 1.001 * floor, f"{subject.architecture.name} W4A4: error {error:.4g}, RTN {floor:.4g}")
+        _require(
+            error <= 1.001 * floor, f"{subject.architecture.name} W4A4: error {error:.4g}, RTN {floor:.4g}"
+        )
     return "last block's accumulated error over RTN's: " + ", ".join(f"{ratio:.2f}" for ratio in ratios)
 
 
@@ -294,7 +315,11 @@ def _refuses(cls: type[Method]) -> str:
     try:
         _method(cls, scheme, subject).check(scheme, subject.spec)
     except UnsupportedSchemeError as error:
-        missing = [p for r, p in subject.spec.linears.items() if subject.spec.shapes[r][1] % 20 and p not in str(error)]
+        missing = [
+            p
+            for r, p in subject.spec.linears.items()
+            if subject.spec.shapes[r][1] % 20 and p not in str(error)
+        ]
         _require(not missing, f"the refusal does not name {', '.join(missing)}")
         return "a group size that does not divide is refused, naming every linear"
     except QbenchError as error:

@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from qbench.engine.initial import initial_scale, initial_shift
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
 from qbench.methods.base import Method
 from qbench.models.base import BlockSpec
 from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
-from qbench.engine.initial import initial_scale, initial_shift
 from qbench.transforms.transform import DiagonalTransform, Transform
 
 SiteName = Literal["attn_in", "mlp_in", "value_out", "query_key"]
@@ -41,16 +41,23 @@ class OmniQuant(Method):
         None, description="Learn a shift as well. Preset: on OPT with quantized activations only."
     )
     query_key: Literal["legal", "published"] = Field(
-        "legal", description="Under rotary embedding: tie the scale within each pair, or the published untied form."
+        "legal",
+        description="Under rotary embedding: tie the scale within each pair, or the published untied form.",
     )
-    epochs: int | None = Field(None, ge=1, description="Passes over the windows. Preset: 20; 40 for 2-bit weights.")
+    epochs: int | None = Field(
+        None, ge=1, description="Passes over the windows. Preset: 20; 40 for 2-bit weights."
+    )
     let_lr: float | None = Field(None, gt=0, description="Learning rate of the transformation. Preset: 5e-3.")
     lwc_lr: float = Field(1e-2, gt=0, description="Learning rate of the clipping logits.")
     alpha: float | None = Field(
-        None, ge=0, le=1, description="Initial balance of activations and weights. Preset: 0.5; OPT W4A4 0.75."
+        None,
+        ge=0,
+        le=1,
+        description="Initial balance of activations and weights. Preset: 0.5; OPT W4A4 0.75.",
     )
     aug_loss: bool | None = Field(
-        None, description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit."
+        None,
+        description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit.",
     )
 
     @property
@@ -83,7 +90,9 @@ class OmniQuant(Method):
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
         """See `Method`."""
         if self.let and self.query_key == "published" and spec.rope and "query_key" in self.sites:
-            return ["query_key transform in its published form, which does not preserve the function under RoPE"]
+            return [
+                "query_key transform in its published form, which does not preserve the function under RoPE"
+            ]
         return []
 
     def plan(self, view: BlockView) -> BlockPlan:

@@ -28,10 +28,14 @@ class SmoothQuant(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2211.10438"
 
     alpha: float | None = Field(
-        None, ge=0, le=1, description="Share of the difficulty moved to the weights. Preset: 0.5 on OPT, 0.8 on LLaMA."
+        None,
+        ge=0,
+        le=1,
+        description="Share of the difficulty moved to the weights. Preset: 0.5 on OPT, 0.8 on LLaMA.",
     )
     sites: tuple[SiteName, ...] = Field(
-        ("attn_in", "mlp_in"), description="Where scales are put; value_out (v→o) and mlp_out (up→down) where legal."
+        ("attn_in", "mlp_in"),
+        description="Where scales are put; value_out (v→o) and mlp_out (up→down) where legal.",
     )
 
     @property
@@ -67,4 +71,7 @@ class SmoothQuant(Method):
     @classmethod
     def presets(cls) -> dict[str, str]:
         """See `Method`."""
-        return {"OPT": "alpha 0.5 (the paper's)", "LLaMA": "alpha 0.8 (the authors' range for LLaMA is 0.75–0.85)"}
+        return {
+            "OPT": "alpha 0.5 (the paper's)",
+            "LLaMA": "alpha 0.8 (the authors' range for LLaMA is 0.75–0.85)",
+        }

@@ -183,7 +183,9 @@ class Architecture:
         if linear_between(config):
             sites["mlp_out"] = Site("mlp_out", "hidden", producer, (consumer,), consumer)
         else:
-            missing["mlp_out"] = f"the activation between {producer} and {consumer} does not commute with a scale"
+            missing["mlp_out"] = (
+                f"the activation between {producer} and {consumer} does not commute with a scale"
+            )
         return sites, missing
 
 

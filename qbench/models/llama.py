@@ -34,10 +34,18 @@ LLAMA = Architecture(
 )
 
 MISTRAL = replace(
-    LLAMA, name="mistral", model_types=("mistral",), summary="Mistral, sliding window included", bias_options={}
+    LLAMA,
+    name="mistral",
+    model_types=("mistral",),
+    summary="Mistral, sliding window included",
+    bias_options={},
 )
 QWEN2 = replace(
-    LLAMA, name="qwen2", model_types=("qwen2",), summary="Qwen2 and Qwen2.5 (biases on q, k, v)", bias_options={}
+    LLAMA,
+    name="qwen2",
+    model_types=("qwen2",),
+    summary="Qwen2 and Qwen2.5 (biases on q, k, v)",
+    bias_options={},
 )
 QWEN3 = replace(
     LLAMA,

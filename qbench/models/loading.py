@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from qbench.errors import ConfigError, DataError, UnsupportedSchemeError, suggest
+from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, suggest
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
 
@@ -84,6 +85,12 @@ def architecture_for(config: Any) -> Architecture:
         if config.model_type in architecture.model_types:
             if (reason := architecture.refuse(config)) is not None:
                 raise UnsupportedSchemeError(f"{reason}.")
+            kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+            if len(kinds) > 1:
+                raise UnsupportedSchemeError(
+                    f"This {config.model_type} model mixes {' and '.join(kinds)} layers; qbench supports one kind "
+                    "throughout, since all blocks share the mask that the first one gets."
+                )
             return architecture
     raise UnsupportedSchemeError(
         f"Model type {config.model_type!r} is not supported. Supported: {', '.join(ARCHITECTURES.names())}. "
@@ -130,14 +137,21 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(location, **common)
         architecture = architecture_for(config)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype="auto", **common)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto", output_loading_info=True, **common
+        )
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except QbenchError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise DataError(
-            f"Cannot load model {name!r}: {first} Give a folder saved by save_pretrained, or a hub name that can be "
+            f"Cannot load model {name!r}: {first}. Give a folder saved by save_pretrained, or a hub name that can be "
             "reached from here."
         ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would go on with random weights in their place
+        raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
     model = model.eval().requires_grad_(False)
     model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
     for parameter_name, parameter in model.named_parameters():

@@ -26,6 +26,7 @@ class Clipping(nn.Module):
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], grid: Grid, device: torch.device | str = "cpu"):
         super().__init__()
+
         def logits() -> nn.ParameterDict:
             return nn.ParameterDict(
                 {

@@ -19,7 +19,9 @@ ELEMENTS_PER_PROGRAM = 4096
 MAX_GROUP = 32768  # registers of one program
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(SCALE_MAX)
 _ZERO_LIMIT = tl.constexpr(ZERO_POINT_LIMIT)
-_ROUND = tl.constexpr(12582912.0)  # 1.5·2²³: adding and subtracting it rounds to the nearest integer, ties to even
+_ROUND = tl.constexpr(
+    12582912.0
+)  # 1.5·2²³: adding and subtracting it rounds to the nearest integer, ties to even
 
 
 @triton.jit
@@ -28,7 +30,18 @@ def _round(x):
 
 
 @triton.jit
-def _ranges(x, inside, low, high, upper, lower, QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr):
+def _ranges(
+    x,
+    inside,
+    low,
+    high,
+    upper,
+    lower,
+    QMAX: tl.constexpr,
+    MID: tl.constexpr,
+    SYM: tl.constexpr,
+    ZERO: tl.constexpr,
+):
     """Clipped ends, scale and zero point of each row; low and high are the row's true extremes."""
     bottom, top = low, high
     if ZERO:
@@ -131,7 +144,9 @@ def _constants(grid: Grid) -> dict[str, object]:
     return {"QMAX": grid.qmax, "MID": grid.mid, "SYM": grid.symmetric, "ZERO": grid.zero_in_range}
 
 
-def forward(x: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, out_dtype: torch.dtype) -> Tensor:
+def forward(
+    x: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, out_dtype: torch.dtype
+) -> Tensor:
     """Fake-quantized values of a contiguous x, in `out_dtype`."""
     width = grid.group_size or x.shape[-1]
     n_rows = x.numel() // width

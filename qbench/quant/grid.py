@@ -67,7 +67,11 @@ def check_group_size(group_size: int | None, widths: Mapping[str, int]) -> None:
     if not bad:
         return
     divisors = [g for g in (16, 32, 64, 128, 256) if all(w % g == 0 for w in widths.values())]
-    fits = f"Group sizes that divide all of them: {', '.join(map(str, divisors))}" if divisors else "None of 16 to 256 fits"
+    fits = (
+        f"Group sizes that divide all of them: {', '.join(map(str, divisors))}"
+        if divisors
+        else "None of 16 to 256 fits"
+    )
     raise UnsupportedSchemeError(
         f"group_size={group_size} does not divide the input width of "
         + ", ".join(f"{name} ({width})" for name, width in bad.items())

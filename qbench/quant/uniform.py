@@ -77,7 +77,9 @@ def quantize(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     return codes.clamp(0, grid.qmax).reshape(x.shape).to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Values of codes: scale · (code − zero_point), in the shape of codes."""
     grouped = grid.split(codes).to(dtype) - zero.to(dtype).unsqueeze(-1)
     return (grouped * scale.to(dtype).unsqueeze(-1)).reshape(codes.shape)

@@ -24,5 +24,5 @@ def gradual_mask(size: int, band: int, stability_factor: float, like: Tensor) ->
     """Γ, [size, size], on the device and in the dtype of `like`."""
     index = torch.arange(size, device=like.device)
     distance = (index[:, None] - index[None, :]).abs()
-    mask = torch.where(distance < band, stability_factor, 0.0).to(like.dtype)
+    mask = (distance < band).to(like.dtype).mul_(stability_factor)
     return mask.fill_diagonal_(1.0)

@@ -25,6 +25,7 @@ def rewrite(tensors: BlockTensors, spec: BlockSpec, site: Site, a: Map | None, s
         shift: δ, [channels of the site]; None is zero. Not defined for `query_key` and `mlp_out`.
     """
     if shift is not None:
+        assert site.kind in ("norm", "value"), f"a shift at {site.name} would not preserve the function"
         _shift(tensors, spec, site, shift)
     if a is None:
         return
@@ -49,7 +50,9 @@ def _shift(tensors: BlockTensors, spec: BlockSpec, site: Site, shift: Tensor) ->
             seen = heads.repeat_interleave(spec.heads_per_group, 0).reshape(-1)
         tensors.add_bias(role, tensors.weight[role] @ seen)
     if site.kind == "norm":
-        assert tensors.norm_matrix[site.producer] is None, "a shift must come before a full matrix at the same norm"
+        assert tensors.norm_matrix[site.producer] is None, (
+            "a shift must come before a full matrix at the same norm"
+        )
         tensors.add_norm_bias(site.producer, -shift)
     else:
         tensors.add_bias(site.producer, -shift)
@@ -59,7 +62,9 @@ def _norm(tensors: BlockTensors, site: Site, a: Map) -> None:
     norm = site.producer
     matrix = tensors.norm_matrix[norm]
     if not isinstance(a, Diagonal):  # does not commute with the norm's weight: stays behind it, at run time
-        assert isinstance(a, Blocks) and a.inverse.shape[0] == 1, "norm sites take a diagonal or one full matrix"
+        assert isinstance(a, Blocks) and a.inverse.shape[0] == 1, (
+            "norm sites take a diagonal or one full matrix"
+        )
         tensors.norm_matrix[norm] = a.inverse[0] if matrix is None else matrix @ a.inverse[0]
     elif matrix is not None:
         tensors.norm_matrix[norm] = a.undo_rows(matrix)

@@ -21,7 +21,9 @@ from qbench.transforms.sites import rewrite
 from qbench.transforms.tensors import BlockTensors
 
 Guard = Literal["diagonal", "all"]
-SMALL_STEPS = 0.05  # stability factors up to here keep ‖I − BY‖ near 0.01 per step: one Newton–Schulz iteration
+SMALL_STEPS = (
+    0.05  # stability factors up to here keep ‖I − BY‖ near 0.01 per step: one Newton–Schulz iteration
+)
 GUARD_MIN = 1e-2  # truncate_number of both authors' codes
 
 
@@ -30,8 +32,9 @@ class TransformCost:
     """What remains of a transform after folding.
 
     Attributes:
-        foldable: Nothing of it is computed at run time; added biases of linears count as folded.
-        stored_bits: Bits per block for tensors that the original block does not have.
+        foldable: Nothing of it is computed at run time. Biases that it adds to linears count as folded; their bits are
+            in `BlockState.weight_bits`, once however many transforms share them.
+        stored_bits: Bits per block of what stays at run time.
         flops_per_token: Per block, multiply and add counted separately.
     """
 
@@ -96,16 +99,9 @@ class Transform(nn.Module):
 
     def cost(self) -> TransformCost:
         """Cost after folding, for one block."""
-        bits = flops = 0
-        if self.shift is not None:
-            for role in (*self.site.consumers, *([self.site.producer] if self.site.kind != "norm" else [])):
-                if role not in self.spec.biased:
-                    bits += 16 * self.spec.shapes[role][0]
-                    flops += self.spec.shapes[role][0]
-            if self._shifts_rms_norm:
-                bits += 16 * self.spec.hidden_size
-                flops += self.spec.hidden_size
-        return TransformCost(not self._shifts_rms_norm, bits, flops)
+        if not self._shifts_rms_norm:
+            return TransformCost(True, 0, 0)
+        return TransformCost(False, 16 * self.spec.hidden_size, self.spec.hidden_size)
 
     @property
     def _shifts_rms_norm(self) -> bool:
