@@ -7,6 +7,7 @@ really give. Only one block is on the device at a time.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -35,6 +36,8 @@ from qbench.results import BlockRecord, TransformRecord
 from qbench.scheme import Scheme
 from qbench.transforms.tensors import BlockTensors
 from qbench.transforms.transform import Transform, fold
+
+FELL_BACK = "bfloat16_fallback"  # key of BlockRecord.extras
 
 
 class Planner(Protocol):
@@ -143,6 +146,17 @@ class _Stream:
         self.settings = replace(self.settings, autocast=torch.bfloat16)
         self.notes.append(f"{what} in float16: the run went on in bfloat16")
 
+    @property
+    def may_fall_back(self) -> bool:
+        """Whether a lane that fails in float16 may be computed in bfloat16."""
+        return self.settings.autocast == torch.float16 and self.settings.allow_fallback
+
+    def in_bfloat16(self) -> _Stream:
+        """The same stream with bfloat16 products."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, autocast=torch.bfloat16)
+        return other
+
     def forward(self, block: PreparedBlock, inputs: HiddenStates) -> HiddenStates:
         """Outputs of a loaded block for all windows."""
         outputs = inputs.empty_like()
@@ -226,21 +240,15 @@ def reconstruct(
             started = time.perf_counter()
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
-            if done:
-                assert lane.checkpoint is not None
-                state = lane.checkpoint.load(index)
-            else:
-                try:
-                    position = (index, len(blocks), observer.stats)
-                    state = _quantize_block(
-                        lane, position, prepared, base, stream, q_inputs[i], fp_outputs, listener
-                    )
-                except NumericalError as error:  # this lane ends here, the others go on
-                    results[i].error = NumericalError(f"{lane.name}, block {index}: {error}")
-                    listener.note(str(results[i].error))
-                    continue
-            _as_stored(prepared, state, lane.scheme, settings)
-            outputs = stream.forward(prepared, q_inputs[i])
+            work = _LaneBlock(
+                lane, index, len(blocks), prepared, base, observer.stats, q_inputs[i], fp_outputs
+            )
+            try:
+                state, outputs = work.replay(stream) if done else work.compute(stream, listener)
+            except NumericalError as error:  # this lane ends here, the others go on
+                results[i].error = NumericalError(f"{lane.name}, block {index}: {error}")
+                listener.note(str(results[i].error))
+                continue
             if not done:
                 assert state.record is not None
                 state.record = _with_errors(state.record, stream, prepared, outputs, fp_outputs, started)
@@ -252,66 +260,88 @@ def reconstruct(
                 results[i].peak_gpu_bytes = max(peak, results[i].peak_gpu_bytes or 0)
             listener.block_end(lane.name, results[i].records[-1])
         stream.inputs = fp_outputs
+        del prepared, base, observer, work  # before the next block is prepared
     return results
 
 
-def _as_stored(prepared: PreparedBlock, state: BlockState, scheme: Scheme, settings: EngineSettings) -> None:
-    """Load the block exactly as its integers give it, operands quantized."""
-    prepared.load(state.tensors(settings.device)).quantize_operands(
-        scheme, settings.zero_in_range, settings.attention_granularity
-    )
+@dataclass
+class _LaneBlock:
+    """One block of one lane: plan, fit, fold, round, and run the result on the lane's own inputs."""
 
+    lane: Lane
+    index: int
+    n_blocks: int
+    prepared: PreparedBlock
+    base: BlockTensors
+    stats: dict[str, ActivationStats]
+    q_inputs: HiddenStates
+    fp_outputs: HiddenStates
 
-def _quantize_block(
-    lane: Lane,
-    position: tuple[int, int, dict[str, ActivationStats]],
-    prepared: PreparedBlock,
-    base: BlockTensors,
-    stream: _Stream,
-    q_inputs: HiddenStates,
-    fp_outputs: HiddenStates,
-    listener: Listener,
-) -> BlockState:
-    """Plan, fit, fold and round one block for one lane; `position` is (index, blocks in all, statistics)."""
-    index, n_blocks, stats = position
-    settings, scheme = stream.settings, lane.scheme
-    grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
-    if scheme.is_identity:  # nothing to do, bit for bit
-        return _finish(base, BlockPlan(), grid, prepared.spec, index, FitReport())
-    view = BlockView(index, n_blocks, prepared.spec, scheme, grid, base, stats)
-    plan = _plan(lane, view, settings)
-    report = FitReport()
-    if plan.training is not None:
-        same_input = None
-        if plan.training.same_input_target:
-            prepared.load(base).quantize_operands(None)
-            same_input = stream.forward(prepared, q_inputs)
-        prepared.quantize_operands(scheme, settings.zero_in_range, settings.attention_granularity)
-
-        def train(plan: BlockPlan, settings: EngineSettings) -> FitReport:
-            return fit(
-                prepared, plan, base, grid, q_inputs, fp_outputs, same_input, stream.kwargs, settings,
-                lambda epoch, epochs, loss: listener.epoch(lane.name, index, epoch, epochs, loss),
-            )  # fmt: skip
-
+    def compute(self, stream: _Stream, listener: Listener) -> tuple[BlockState, HiddenStates]:
+        """The finished block and its outputs; in bfloat16 where float16 fails and that is allowed."""
         try:
-            report = train(plan, settings)
+            state = self._quantize(stream, listener)
+            return state, self._run(stream, state)
         except NumericalError:
-            if settings.autocast != torch.float16 or not settings.allow_fallback:
+            if not stream.may_fall_back:
                 raise
-            plan = _plan(lane, view, settings)
-            plan.notes.append(f"block {index} fitted in bfloat16: float16 gave a loss that is not finite")
-            report = train(plan, replace(settings, autocast=torch.bfloat16))
-    plan.notes.extend(stream.notes)
-    return _finish(fold(base, plan.transforms), plan, grid, prepared.spec, index, report)
+        again = stream.in_bfloat16()
+        state = self._quantize(again, listener)
+        assert state.record is not None
+        state.record.notes.append(
+            f"block {self.index} computed in bfloat16: float16 gave values that are not finite"
+        )
+        state.record.extras[FELL_BACK] = 1.0
+        return state, self._run(again, state)
 
+    def replay(self, stream: _Stream) -> tuple[BlockState, HiddenStates]:
+        """The same from the lane's checkpoint, in the arithmetic it was computed in."""
+        assert self.lane.checkpoint is not None
+        state = self.lane.checkpoint.load(self.index)
+        fell_back = state.record is not None and FELL_BACK in state.record.extras
+        return state, self._run(stream.in_bfloat16() if fell_back else stream, state)
 
-def _plan(lane: Lane, view: BlockView, settings: EngineSettings) -> BlockPlan:
-    """The method's plan, its parameters on the device."""
-    plan = lane.planner.plan(view)
-    for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
-        part.to(settings.device)
-    return plan
+    def _operands(self, stream: _Stream) -> None:
+        settings = stream.settings
+        self.prepared.quantize_operands(
+            self.lane.scheme, settings.zero_in_range, settings.attention_granularity
+        )
+
+    def _run(self, stream: _Stream, state: BlockState) -> HiddenStates:
+        """Load the block exactly as its integers give it and run it."""
+        self.prepared.load(state.tensors(stream.settings.device))
+        self._operands(stream)
+        outputs = stream.forward(self.prepared, self.q_inputs)
+        if not outputs.all_finite():
+            arithmetic = str(stream.settings.autocast or torch.float32).removeprefix("torch.")
+            raise NumericalError(
+                f"the quantized block's outputs are not finite in {arithmetic}. Try --autocast bfloat16 or float32."
+            )
+        return outputs
+
+    def _quantize(self, stream: _Stream, listener: Listener) -> BlockState:
+        settings, scheme, lane = stream.settings, self.lane.scheme, self.lane
+        spec = self.prepared.spec
+        grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
+        if scheme.is_identity:  # nothing to do, bit for bit
+            return _finish(self.base.copy(), BlockPlan(), grid, spec, self.index, FitReport())
+        view = BlockView(self.index, self.n_blocks, spec, scheme, grid, self.base, self.stats)
+        plan = lane.planner.plan(view)
+        for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
+            part.to(settings.device)
+        report = FitReport()
+        if plan.training is not None:
+            same_input = None
+            if plan.training.same_input_target:
+                self.prepared.load(self.base).quantize_operands(None)
+                same_input = stream.forward(self.prepared, self.q_inputs)
+            self._operands(stream)
+            report = fit(
+                self.prepared, plan, self.base, grid, self.q_inputs, self.fp_outputs, same_input, stream.kwargs,
+                settings, lambda epoch, epochs, loss: listener.epoch(lane.name, self.index, epoch, epochs, loss),
+            )  # fmt: skip
+        plan.notes.extend(stream.notes)
+        return _finish(fold(self.base, plan.transforms), plan, grid, spec, self.index, report)
 
 
 def _finish(

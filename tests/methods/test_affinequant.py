@@ -270,20 +270,21 @@ def test_without_ln_matrix_and_shift_everything_folds(tiny_llama, tokens) -> Non
 
 
 def test_ln_matrix_and_shift_cost_what_they_keep(tiny_llama, tokens) -> None:
-    state = quantized(tiny_llama, tokens[:2], "W3A16", epochs=1).state(0)
-    hidden, kv, mlp = 32, 16, 64
-    bits = {t.site: t.stored_bits for t in state.transforms}
-    assert bits == {
-        "attn_in": 16 * (hidden * hidden + hidden + hidden + kv + kv),  # matrix, norm bias, biases of q, k, v
-        "mlp_in": 16 * (hidden * hidden + hidden + mlp + mlp),
-        "value_out": 16 * (hidden + kv),  # biases of o and v
-        "query_key": 0,
+    (result,) = reconstruct_lanes(
+        tiny_llama, tokens[:2], [make_lane(tiny_llama, "affinequant", "W3A16", epochs=1)]
+    )
+    state, hidden, kv, mlp = result.state(0), 32, 16, 64
+    at_run_time = 16 * (hidden * hidden + hidden)  # the matrix after the norm and the norm's new bias
+    assert {t.site: (t.stored_bits, t.foldable) for t in state.transforms} == {
+        "attn_in": (at_run_time, False),
+        "mlp_in": (at_run_time, False),
+        "value_out": (0, True),
+        "query_key": (0, True),
     }
-    assert {t.site: t.foldable for t in state.transforms} == {
-        "attn_in": False, "mlp_in": False, "value_out": True, "query_key": True
-    }  # fmt: skip
+    integers = sum(linear.stored_bits for linear in state.linears.values())
+    assert state.weight_bits == integers + 16 * (hidden + kv + kv + hidden + mlp + mlp)  # biases of q k v o gate up
     kept = [*state.rest.norm_matrix.values(), *state.rest.norm_bias.values(), *state.rest.bias.values()]
-    assert sum(t.numel() for t in kept if t is not None) * 16 == sum(bits.values()) - 16 * kv  # v's bias counted twice
+    assert 16 * sum(t.numel() for t in kept if t is not None) == 2 * at_run_time + state.weight_bits - integers
 
 
 @pytest.mark.parametrize(("truncate", "small"), [("diagonal", 1e-4), ("all", 1e-2)])

@@ -1,0 +1,710 @@
+"""`run` from a model folder and text files to rows, and every way in which its input can be bad.
+
+Models are random and tiny, so nothing here says how good a method is; that what is measured is what the integers
+compute is checked against plain transformers on dequantized weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import qbench
+import qbench.runner as runner_module
+from qbench.cli import main
+from qbench.config import RunConfig
+from qbench.engine.install import quantized
+from qbench.engine.progress import Listener
+from qbench.errors import ConfigError, DataError, NumericalError, UnsupportedSchemeError
+from qbench.methods.rtn import RTN
+from qbench.models.loading import load_model
+from qbench.results import Result, ResultStore
+from qbench.runner import run
+from tests import model_folders
+from tests.blocks import blocks_of
+from tests.tiny_runs import naive_logits
+
+SEQ_LEN, WINDOWS = 32, 6
+FAST = {"epochs": 1}
+TRAINED = [
+    "rtn",
+    "smoothquant",
+    {"name": "omniquant", "options": FAST},
+    {"name": "affinequant", "options": FAST},
+]
+
+
+class Setting:
+    """A folder with models and texts, and runs in it."""
+
+    def __init__(self, folder: Path, build) -> None:
+        self.folder, self.build = folder, build
+        self.calibration, self.evaluation = folder / "calibration.txt", folder / "evaluation.txt"
+        self.calibration.write_text(model_folders.text(600, seed=1))
+        self.evaluation.write_text(model_folders.text(SEQ_LEN * WINDOWS + 5, seed=2))
+        self.output = folder / "results"
+        self.model = self.save("llama")
+
+    def save(self, family: str, name: str | None = None, **changes: object) -> Path:
+        return model_folders.save(self.build(family, **changes), self.folder / (name or f"tiny-{family}"))
+
+    def request(self, **changes: object) -> dict:
+        base = {
+            "model": str(self.model),
+            "methods": ["rtn"],
+            "schemes": ["W3A16"],
+            "calibration": {"dataset": str(self.calibration), "n_samples": 3, "seq_len": SEQ_LEN},
+            "evals": {"datasets": [f"own={self.evaluation}"]},
+            "output": str(self.output),
+        }
+        return base | changes
+
+    def run(self, listener: Listener | None = None, **changes: object) -> list[Result]:
+        return run(RunConfig.model_validate(self.request(**changes)), listener)
+
+    def records(self) -> list[Path]:
+        return sorted(self.output.glob("*.json"))
+
+    def written(self) -> set[Path]:
+        return {path for path in self.output.rglob("*") if path.is_file()} if self.output.exists() else set()
+
+
+@pytest.fixture
+def here(tmp_path, build_tiny) -> Setting:
+    return Setting(tmp_path, build_tiny)
+
+
+class Watcher(Listener):
+    """What a run says of itself."""
+
+    def __init__(self, stop: tuple[str, int] | None = None) -> None:
+        self.stages: list[str] = []
+        self.started: list[tuple[str, int, bool]] = []
+        self.evaluated: list[tuple[str, int, int]] = []
+        self.rows: list[Result] = []
+        self.stop = stop
+
+    def stage(self, name: str, detail: str = "") -> None:
+        self.stages.append(name)
+
+    def block_start(self, lane: str, index: int, resumed: bool) -> None:
+        self.started.append((lane, index, resumed))
+        if self.stop == (lane, index):
+            raise KeyboardInterrupt
+
+    def evaluating(self, label: str, done: int, total: int) -> None:
+        self.evaluated.append((label, done, total))
+
+    def row(self, result: Result) -> None:
+        self.rows.append(result)
+
+
+# --------------------------------------------------------------------------------------- rows
+
+
+def test_a_run_gives_the_baseline_and_a_row_for_every_method_and_scheme(here) -> None:
+    watcher = Watcher()
+    rows = here.run(watcher, methods=TRAINED, schemes=["W4A4", "W3A16g16"])
+    methods = ["rtn", "smoothquant", "omniquant", "affinequant"]
+    expected = [("full-precision", "W16A16")] + [(m, s) for s in ("W4A4", "W3A16g16") for m in methods]
+    assert [(row.method, row.scheme) for row in rows] == expected
+    assert watcher.rows == rows
+    assert watcher.stages[:2] == ["load", "calibration"] and watcher.stages.count("evaluate") == 9
+    assert len({row.contract for row in rows}) == 1
+    assert len({row.id for row in rows}) == 9
+    for row in rows:
+        metric = row.metrics["own/perplexity"]
+        assert metric.n == metric.n_total == WINDOWS == len(metric.items)
+        assert metric.value == pytest.approx(math.exp(sum(metric.items) / WINDOWS), rel=1e-12)
+        assert metric.protocol == f"own ({SEQ_LEN}, non-overlapping, evaluation)"
+        assert not metric.higher_is_better and metric.stderr > 0
+        assert row.cost.seconds >= 0 and row.cost.peak_cpu_bytes > 10**7
+        assert row.model == str(here.model)
+        if row.method != "full-precision":
+            assert [block.index for block in row.blocks] == [0, 1]
+            assert len(row.blocks[0].losses) == (1 if row.method in ("omniquant", "affinequant") else 0)
+    assert rows[4].options["sf"] == 0.1 and rows[8].options["sf"] == 0.01  # presets, resolved by scheme
+    assert {t.site for t in rows[4].transforms} == {"attn_in", "mlp_in", "value_out", "query_key"}
+
+
+def test_every_row_is_recorded_as_it_was_returned(here) -> None:
+    rows = here.run(methods=TRAINED[:3], schemes=["W4A4"])
+    stored = {result.id: result for result in ResultStore(here.output).load_all()}
+    assert stored == {row.id: row for row in rows}
+    for path in here.records():
+        record = json.loads(path.read_text())
+        assert set(record) >= {"qbench", "results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"}
+        assert record["results"]["own"]["perplexity,none"] > 1
+    assert not [path for path in here.written() if path.suffix in (".tmp", ".writing")]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_numbers_are_those_of_plain_transformers(here, family) -> None:
+    """Perplexity written out over the tokenized text; the quantized row through dequantized weights."""
+    here.model = here.save(family)
+    baseline, row = here.run(schemes=["W2A16g8"])
+    model = model_folders.plain_model(here.model)
+    ids = torch.tensor(model_folders.tokenizer()(here.evaluation.read_text())["input_ids"])
+    windows = ids[: SEQ_LEN * WINDOWS].reshape(WINDOWS, SEQ_LEN)
+
+    def perplexity(logits: torch.Tensor) -> float:
+        chosen = logits[:, :-1].double().log_softmax(-1).gather(-1, windows[:, 1:, None])
+        return math.exp(-float(chosen.mean()))
+
+    class Rounded:  # a stand-in for a lane's result: RTN by the quantizer's own formula
+        class lane:  # noqa: N801
+            scheme = RunConfig(schemes=["W2A16g8"]).parsed_schemes[0]
+
+        def state(self, index: int):
+            from qbench.engine.prepare import block_tensors
+            from qbench.engine.state import BlockState
+            from qbench.quant.grid import Grid
+            from qbench.quant.uniform import extremes, round_to_nearest
+            from tests.tiny_runs import spec_of
+
+            tensors = block_tensors(blocks_of(model)[index], spec_of(model), "cpu", torch.float32)
+            grid = Grid(2, group_size=8)
+            linears = {k: round_to_nearest(w, *extremes(w, grid), grid) for k, w in tensors.weight.items()}
+            return BlockState(linears, tensors)
+
+    with torch.no_grad():
+        assert baseline.metrics["own/perplexity"].value == pytest.approx(perplexity(model(windows).logits), rel=1e-6)
+    expected = perplexity(naive_logits(model, Rounded(), windows))
+    assert row.metrics["own/perplexity"].value == pytest.approx(expected, rel=1e-5)
+    assert row.metrics["own/perplexity"].value != pytest.approx(baseline.metrics["own/perplexity"].value, rel=1e-3)
+
+
+def test_several_texts_and_a_limit(here) -> None:
+    other = here.folder / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": model_folders.text(40, seed)}) for seed in range(4)))
+    evals = {"datasets": [f"own={here.evaluation}", str(other)], "limit": 3, "batch_size": 2}
+    watcher = Watcher()
+    for row in here.run(watcher, evals=evals):
+        assert list(row.metrics) == ["own/perplexity", "other/perplexity"]
+        own = row.metrics["own/perplexity"]
+        assert (own.n, own.n_total) == (3, WINDOWS) and own.protocol.endswith("first 3 windows)")
+    assert watcher.evaluated[:2] == [("full-precision", 2, 3), ("full-precision", 3, 3)]
+
+
+def test_the_model_in_a_run_is_not_changed_on_disk(here) -> None:
+    before = {path.name: path.read_bytes() for path in here.model.iterdir()}
+    here.run(methods=TRAINED)
+    assert {path.name: path.read_bytes() for path in here.model.iterdir()} == before
+
+
+def test_the_same_request_gives_the_same_row_elsewhere(here) -> None:
+    first = here.run(methods=TRAINED[3:])
+    second = here.run(methods=TRAINED[3:], output=str(here.folder / "elsewhere"))
+    for one, other in zip(first, second, strict=True):
+        assert one.id == other.id and one.metrics == other.metrics and one.contract == other.contract
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("calibration", {"n_samples": 4}),
+        ("calibration", {"seed": 3}),
+        ("calibration", {"seq_len": 16}),
+        ("evals", {"limit": 2}),
+        ("evals", {"seq_len": 16}),
+        ("quantizer", {"zero_in_range": False}),
+        ("quantizer", {"attention_granularity": "per_token"}),
+        ("compute", {"model_dtype": "bfloat16"}),
+        ("compute", {"autocast": "bfloat16"}),
+    ],
+    ids=str,
+)
+def test_whatever_is_not_the_method_is_in_the_contract(here, section, change) -> None:
+    request = here.request()
+    first = here.run()
+    second = here.run(**{section: request.get(section, {}) | change})
+    assert first[1].contract != second[1].contract and first[1].id != second[1].id
+
+
+def test_two_batch_sizes_are_two_runs(here) -> None:
+    """The optimizer steps differ, so the codes do: neither the record nor the codes of one may stand for the other."""
+    rows = [here.run(methods=TRAINED[2:3], compute={"batch_size": size})[1] for size in (1, 3)]
+    assert rows[0].blocks[0].losses != rows[1].blocks[0].losses
+    assert rows[0].id != rows[1].id
+    assert len([r for r in ResultStore(here.output).load_all() if r.method == "omniquant"]) == 2
+
+
+# ------------------------------------------------------------------------------- bits per weight
+
+# tiny LLaMA: q and o 32×32, k and v 16×32, gate and up 64×32, down 32×64
+WEIGHTS = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32
+ROWS = 32 + 16 + 16 + 32 + 64 + 64 + 32
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bits"),
+    [
+        ("W4A16", 4 + (16 + 4) * ROWS / WEIGHTS),  # a float16 scale and a 4-bit zero point per output channel
+        ("W4A16g16", 4 + (16 + 4) / 16),
+        ("W3A4g8", 3 + (16 + 3) / 8),
+        ("W8A8-sym", 8 + 16 * ROWS / WEIGHTS),  # no zero point is stored
+        ("W16A4", 16.0),
+    ],
+)
+def test_bits_per_weight_count_codes_scales_and_zero_points(here, scheme, bits) -> None:
+    baseline, row = here.run(schemes=[scheme])
+    assert baseline.bits_per_weight == 16.0
+    assert row.bits_per_weight == pytest.approx(bits, rel=1e-12)
+
+
+def test_bits_per_weight_count_what_stays_of_the_transforms(here) -> None:
+    rows = here.run(methods=TRAINED[3:], schemes=["W4A16g16"])
+    matrices, norm_biases = 2 * 32 * 32, 2 * 32
+    linear_biases = 32 + 16 + 16 + 32 + 64 + 64  # q k v o gate up, once each
+    extra = 16 * (matrices + norm_biases + linear_biases) / WEIGHTS
+    assert rows[1].bits_per_weight == pytest.approx(4 + 20 / 16 + extra, rel=1e-12)
+    assert any("hidden×hidden product after each norm" in note for note in rows[1].notes)
+
+
+# ------------------------------------------------------------------------- baseline, resume, restart
+
+
+@pytest.fixture
+def scored(monkeypatch) -> list[str]:
+    """Labels of what is really scored."""
+    labels: list[str] = []
+    evaluate = runner_module._evaluate
+
+    def spy(common, label):
+        labels.append(label)
+        return evaluate(common, label)
+
+    monkeypatch.setattr(runner_module, "_evaluate", spy)
+    return labels
+
+
+def test_the_baseline_is_measured_once_for_one_content(here, scored) -> None:
+    first = here.run()
+    here.run(schemes=["W4A4"])
+    assert scored.count("full-precision") == 1
+    copy = here.folder / "the-same-model-elsewhere"
+    shutil.copytree(here.model, copy)
+    moved = here.run(model=str(copy))
+    assert scored.count("full-precision") == 1
+    assert moved[0].metrics == first[0].metrics and moved[0].model_fingerprint == first[0].model_fingerprint
+
+
+def test_other_content_at_the_same_path_is_measured_again(here, scored) -> None:
+    (before, _) = here.run()
+    shutil.rmtree(here.model)
+    here.save("llama", seed=1)
+    (after, _) = here.run()
+    assert scored.count("full-precision") == 2
+    assert after.metrics["own/perplexity"].value != before.metrics["own/perplexity"].value
+    assert after.contract != before.contract
+
+
+@pytest.mark.parametrize("change", ["text", "dtype", "length"])
+def test_the_baseline_depends_on_everything_it_measures(here, scored, change) -> None:
+    here.run()
+    changes: dict[str, object] = {}
+    if change == "text":
+        here.evaluation.write_text(model_folders.text(SEQ_LEN * WINDOWS, seed=9))
+    elif change == "dtype":
+        changes["compute"] = {"model_dtype": "bfloat16"}
+    else:
+        changes["evals"] = {"datasets": [f"own={here.evaluation}"], "seq_len": 16}
+    here.run(**changes)
+    assert scored.count("full-precision") == 2
+
+
+def test_a_damaged_baseline_cache_does_not_end_in_a_traceback(here) -> None:
+    (first, _) = here.run()
+    (cache,) = (here.output / "cache").glob("*.json")
+    cache.write_text(cache.read_text()[:20])
+    try:
+        (again, _) = here.run()
+    except DataError as error:
+        assert cache.name in str(error)
+    else:
+        assert again.metrics == first.metrics
+
+
+def test_the_same_request_again_computes_no_block_twice(here) -> None:
+    first = here.run(methods=TRAINED[3:])
+    watcher = Watcher()
+    second = here.run(watcher, methods=TRAINED[3:])
+    assert watcher.started == [("affinequant W3A16", i, True) for i in range(2)]
+    assert [row.metrics for row in second] == [row.metrics for row in first]
+    assert [block.losses for block in second[1].blocks] == [block.losses for block in first[1].blocks]
+    assert second[1].bits_per_weight == first[1].bits_per_weight
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(here) -> None:
+    expected = here.run(methods=TRAINED[3:], output=str(here.folder / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        here.run(Watcher(("affinequant W3A16", 1)), methods=TRAINED[3:])
+    watcher = Watcher()
+    rows = here.run(watcher, methods=TRAINED[3:])
+    assert watcher.started == [("affinequant W3A16", 0, True), ("affinequant W3A16", 1, False)]
+    assert rows[1].metrics == expected[1].metrics and rows[1].id == expected[1].id
+
+
+def test_resume_takes_the_checkpoints_of_another_folder(here) -> None:
+    here.run()
+    watcher = Watcher()
+    here.run(watcher, output=str(here.folder / "new"), resume=str(here.output))
+    assert [resumed for *_, resumed in watcher.started] == [True, True]
+    assert ResultStore(here.folder / "new").load_all()
+
+
+def test_restart_computes_everything_again(here, scored) -> None:
+    first = here.run(methods=TRAINED[3:])
+    watcher = Watcher()
+    second = here.run(watcher, methods=TRAINED[3:], restart=True)
+    assert [resumed for *_, resumed in watcher.started] == [False, False]
+    assert scored == ["full-precision", "affinequant W3A16"] * 2
+    assert [row.metrics for row in second] == [row.metrics for row in first]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"calibration": {"seed": 5}}, {"compute": {"batch_size": 2}}, {"methods": [{"name": "omniquant", "options": {"epochs": 2}}]}],
+    ids=["seed", "batch size", "epochs"],
+)  # fmt: skip
+def test_checkpoints_of_another_request_are_not_used(here, change) -> None:
+    request = here.request(methods=TRAINED[2:3])
+    here.run(methods=TRAINED[2:3])
+    watcher = Watcher()
+    section = next(iter(change))
+    if section != "methods":
+        change = {section: request.get(section, {}) | change[section]}
+    here.run(watcher, **({"methods": TRAINED[2:3]} | change))
+    assert [resumed for *_, resumed in watcher.started] == [False, False]
+
+
+def test_the_same_blocks_serve_another_evaluation(here) -> None:
+    here.run()
+    watcher = Watcher()
+    here.run(watcher, evals={"datasets": [f"own={here.evaluation}"], "limit": 2})
+    assert [resumed for *_, resumed in watcher.started] == [True, True]
+
+
+# ------------------------------------------------------------------------------- other behaviour
+
+
+def test_save_dir_writes_what_folds_and_says_what_does_not(here) -> None:
+    saved = here.folder / "saved"
+    rows = here.run(methods=[TRAINED[0], TRAINED[3]], save_dir=str(saved))
+    assert [path.name for path in saved.iterdir()] == ["tiny-llama-rtn-W3A16"]
+    assert any(note.startswith("saved to ") for note in rows[1].notes)
+    assert any(note.startswith("not saved as a transformers folder: full matrices") for note in rows[2].notes)
+    again = here.run(model=str(saved / "tiny-llama-rtn-W3A16"), schemes=["W16A16"])
+    assert again[0].metrics["own/perplexity"].value == pytest.approx(rows[1].metrics["own/perplexity"].value, rel=1e-6)
+
+
+def test_the_published_form_is_noted_in_the_row(here) -> None:
+    options = FAST | {"query_key": "published", "truncate": "all"}
+    rows = here.run(methods=[{"name": "affinequant", "options": options}], schemes=["W4A4"])
+    assert any("published form" in note and "RoPE" in note for note in rows[1].notes)
+
+
+def test_the_identity_scheme_beside_others_equals_the_baseline(here) -> None:
+    rows = here.run(schemes=["W16A16", "W3A16"])
+    assert rows[1].metrics == rows[0].metrics
+    assert rows[2].metrics == here.run(schemes=["W3A16"], output=str(here.folder / "alone"))[1].metrics
+
+
+def test_a_method_that_breaks_down_does_not_take_the_others_with_it(here, monkeypatch) -> None:
+    options = {"epochs": 2, "let_lr": 1e30}
+    watcher = Watcher()
+    with pytest.raises(NumericalError) as caught:
+        here.run(watcher, methods=["rtn", {"name": "omniquant", "options": options}], schemes=["W4A4"])
+    assert "omniquant W4A4, block 0: The loss became" in str(caught.value)
+    assert str(caught.value).endswith(f"Finished rows are in {here.output}.")
+    assert [row.method for row in watcher.rows] == ["full-precision", "rtn"]
+    assert [r.method for r in ResultStore(here.output).load_all()] == ["full-precision", "rtn"]
+
+
+def test_half_precision_fitting_is_noted(here) -> None:
+    rows = here.run(methods=TRAINED[2:3], schemes=["W4A4"], compute={"autocast": "bfloat16"})
+    assert any("bfloat16" in note for note in rows[1].notes)
+    assert not rows[0].notes
+
+
+def test_the_default_run_needs_nothing_but_the_package(tmp_path, monkeypatch) -> None:
+    """The embedded model and the standard library's text; windows cut short to take a second."""
+    monkeypatch.chdir(tmp_path)
+    request = {
+        "methods": ["rtn"],
+        "calibration": {"n_samples": 2, "seq_len": 32},
+        "evals": {"limit": 2, "seq_len": 64},
+    }
+    baseline, row = qbench.run(RunConfig.model_validate(request))
+    assert (row.model, row.method, row.scheme) == ("tiny-llama", "rtn", "W4A4")
+    assert row.calibration["dataset"] == "stdlib"
+    full, quantized_value = (r.metrics["stdlib/perplexity"].value for r in (baseline, row))
+    assert 2 < full < 60 and quantized_value > 1.05 * full
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]
+
+
+def test_the_second_embedded_model_runs_too(tmp_path) -> None:
+    request = {
+        "model": "tiny-opt",
+        "methods": ["rtn"],
+        "calibration": {"n_samples": 1, "seq_len": 16},
+        "evals": {"limit": 1, "seq_len": 64},
+        "output": str(tmp_path),
+    }
+    baseline, row = run(RunConfig.model_validate(request))
+    assert baseline.metrics["stdlib/perplexity"].value < row.metrics["stdlib/perplexity"].value
+
+
+def test_a_model_in_memory_is_left_alone_by_the_run(here, monkeypatch) -> None:
+    """The one that the runner loaded: afterwards it is the full-precision model again."""
+    kept = []
+    monkeypatch.setattr(runner_module, "load_model", lambda *a, **k: kept.append(load_model(*a, **k)) or kept[-1])
+    here.run(methods=TRAINED[:3], schemes=["W4A4"])
+    fresh = load_model(str(here.model)).model.state_dict()
+    found = kept[0].model.state_dict()
+    assert list(found) == list(fresh) and all(torch.equal(found[name], fresh[name]) for name in fresh)
+    assert quantized is runner_module.quantized
+
+
+# ------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def refused(here, monkeypatch):
+    """Runs `qbench run` for real; returns its one sentence. Nothing may be left behind, finished rows apart."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def ask(*arguments: str, code: int = 2, **options: str | None) -> str:
+        given = {
+            "--model": str(here.model),
+            "--method": "rtn",
+            "--scheme": "W3A16",
+            "--calib-dataset": str(here.calibration),
+            "--eval": f"own={here.evaluation}",
+            "--nsamples": "3",
+            "--seqlen": str(SEQ_LEN),
+            "--output": str(here.output),
+        } | {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+        flat = [part for option, value in given.items() if value is not None for part in (option, value)]
+        before = here.written()
+        result = CliRunner().invoke(main, ["run", *flat, *arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+        assert result.exit_code == code, result.output
+        assert "Traceback" not in result.output
+        errors = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1 and result.stderr.rstrip().endswith(errors[0]), result.stderr
+        assert result.stdout == ""
+        for path in here.written() - before:  # whole files only, of lanes that did finish
+            assert path.suffix in (".json", ".safetensors"), path
+            assert load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text())
+        return errors[0].removeprefix("Error: ")
+
+    return ask
+
+
+def test_an_unknown_method_is_refused_with_a_suggestion(here, refused) -> None:
+    message = refused(method="afinequant")
+    assert "Unknown method 'afinequant'. Did you mean 'affinequant'" in message and "Known:" in message
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("scheme", ["4bit", "W4", "W4A4x", ""])
+def test_an_unreadable_scheme_is_refused_with_examples(here, refused, scheme) -> None:
+    message = refused(scheme=scheme)
+    assert repr(scheme) in message and "W4A16g128" in message
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("scheme", ["W9A16", "W1A16", "W4A12"])
+def test_a_bit_width_that_does_not_exist_is_refused(here, refused, scheme) -> None:
+    assert "2 to 8, or 16" in refused(scheme=scheme)
+    assert not here.output.exists()
+
+
+def test_a_group_size_that_does_not_divide_names_every_linear(here, refused) -> None:
+    here.model = here.save("llama", "odd", intermediate_size=48)
+    message = refused("--method", "affinequant", model=str(here.model), scheme="W4A16g32")
+    assert "group_size=32 does not divide the input width of mlp.down_proj (48)" in message
+    assert "q_proj" not in message and message.count("mlp.down_proj") == 1
+    assert not here.output.exists()
+
+
+def test_an_unknown_option_is_refused_with_a_suggestion(here, refused) -> None:
+    message = refused("--set", "alhpa=0.5", method="smoothquant")
+    assert "alpha" in message
+    assert not here.output.exists()
+
+
+def test_an_option_value_out_of_range_is_refused(here, refused) -> None:
+    assert "alpha" in refused("--alpha", "1.5", method="smoothquant")
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("which", ["calib_dataset", "eval"])
+def test_a_missing_dataset_is_refused(here, refused, which) -> None:
+    message = refused(**{which: "wikitex2"})
+    assert "'wikitex2'" in message and "Did you mean 'wikitext2'" in message
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("which", ["calib_dataset", "eval"])
+def test_a_dataset_that_cannot_be_reached_is_refused(here, refused, which) -> None:
+    assert "wikitext2" in refused(**{which: "wikitext2"})
+    assert not here.output.exists()
+
+
+def test_a_sequence_longer_than_the_models_limit_is_refused(here, refused) -> None:
+    message = refused(seqlen="65")
+    assert "seq_len=65" in message and "64 tokens" in message and "--seqlen 64" in message
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("which", ["calibration", "evaluation"])
+@pytest.mark.parametrize("content", ["", " \n\n ", "one two three"], ids=["nothing", "blanks", "too short"])
+def test_a_text_without_a_window_is_refused(here, refused, which, content) -> None:
+    getattr(here, which).write_text(content)
+    message = refused()
+    assert ("no text" if not content.strip() else "tokens, a window needs") in message
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("option", ["output", "save_dir"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(here, refused, option) -> None:
+    blocked = here.folder / "a-file"
+    blocked.write_text("in the way")
+    message = refused(**{option: str(blocked / "results"), "model": str(here.folder / "no-model")})
+    assert str(blocked) in message and "is a file" in message
+    assert blocked.read_text() == "in the way" and not here.output.exists()
+
+
+def test_an_unknown_model_is_refused_with_a_suggestion(here, refused) -> None:
+    message = refused(model="tiny-lama")
+    assert "'tiny-lama'" in message and "'tiny-llama'" in message
+    assert not here.output.exists()
+
+
+def test_a_hub_model_that_cannot_be_reached_is_refused(here, refused) -> None:
+    assert "facebook/opt-125m" in refused(model="facebook/opt-125m")
+    assert not here.output.exists()
+
+
+def test_a_model_type_that_is_not_supported_lists_those_that_are(here, refused) -> None:
+    config = json.loads((here.model / "config.json").read_text())
+    (here.model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    message = refused()
+    assert "'gpt2' is not supported" in message and "llama, mistral, qwen2, qwen3, opt" in message
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=["nan", "inf"])
+def test_weights_that_are_not_finite_are_refused_by_name(here, refused, bad) -> None:
+    path = here.model / "model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 4] = bad
+    save_file(weights, path, {"format": "pt"})
+    message = refused()
+    assert "not finite" in message and name in message
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing tensor", "no config", "no weights", "no tokenizer"])
+def test_a_damaged_model_folder_is_refused(here, refused, damage) -> None:
+    path = here.model / "model.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "garbage":
+        path.write_bytes(b"\xff" * 100)
+    elif damage == "missing tensor":
+        weights = load_file(path)
+        del weights["model.layers.0.self_attn.o_proj.weight"]
+        save_file(weights, path, {"format": "pt"})
+    elif damage == "no config":
+        (here.model / "config.json").unlink()
+    elif damage == "no weights":
+        path.unlink()
+    else:
+        (here.model / "tokenizer.json").unlink()
+        (here.model / "tokenizer_config.json").unlink()
+    assert str(here.model) in refused()
+    assert not here.output.exists()
+
+
+@pytest.mark.parametrize("part", ["block", "manifest", "missing block"])
+def test_a_corrupted_checkpoint_is_refused_and_restart_helps(here, refused, part) -> None:
+    here.run()
+    (folder,) = (here.output / "checkpoints").iterdir()
+    block, manifest = folder / "block-0001.safetensors", folder / "manifest.json"
+    if part == "block":
+        content = bytearray(block.read_bytes())
+        content[-1] ^= 1
+        block.write_bytes(content)
+    elif part == "manifest":
+        manifest.write_text(manifest.read_text()[:-10])
+    else:
+        block.unlink()
+    message = refused()
+    assert "damaged" in message and "--restart" in message
+    rows = here.run(restart=True)
+    assert rows[1].method == "rtn"
+    assert here.run()[1].metrics == rows[1].metrics
+
+
+def test_a_resume_folder_that_does_not_exist_is_refused(here, refused) -> None:
+    assert "nowhere" in refused(resume=str(here.folder / "nowhere"))
+    assert not here.output.exists()
+
+
+def test_a_device_that_does_not_exist_is_refused(here, refused) -> None:
+    device = "cuda:99" if torch.cuda.is_available() else "cuda"
+    assert f"device={device}" in refused(device=device)
+    assert not here.output.exists()
+
+
+def test_a_method_that_breaks_down_exits_with_3_and_keeps_the_finished_rows(here, refused) -> None:
+    message = refused("--method", "omniquant", "--let-lr", "1e30", "--epochs", "2", scheme="W4A4", code=3)
+    assert "omniquant W4A4, block 0" in message
+    assert {r.method for r in ResultStore(here.output).load_all()} == {"full-precision", "rtn"}
+
+
+def test_the_command_line_prints_what_was_recorded(here) -> None:
+    arguments = ["--model", str(here.model), "--method", "rtn", "--scheme", "W3A16", "--nsamples", "3"]
+    arguments += ["--seqlen", str(SEQ_LEN), "--calib-dataset", str(here.calibration), "--eval", str(here.evaluation)]
+    arguments += ["--output", str(here.output), "--format", "json"]
+    result = CliRunner().invoke(main, ["run", *arguments])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(row["method"], row["scheme"]) for row in rows] == [("full-precision", "W16A16"), ("rtn", "W3A16")]
+    wanted = {"model", "method", "scheme", "metrics", "bits_per_weight", "cost", "contract", "notes"}
+    assert all(set(row) >= wanted for row in rows)
+    stored = {r.method: r for r in ResultStore(here.output).load_all()}
+    for row in rows:
+        metric = row["metrics"]["evaluation/perplexity"]
+        assert metric == {"value": stored[row["method"]].metrics["evaluation/perplexity"].value,
+                          "stderr": stored[row["method"]].metrics["evaluation/perplexity"].stderr, "n": WINDOWS}  # fmt: skip
+        assert set(row["cost"]) == {"seconds", "peak_gpu_bytes", "peak_cpu_bytes"}
+
+
+def test_every_offence_of_several_schemes_is_reported_at_once(here) -> None:
+    with pytest.raises(UnsupportedSchemeError) as caught:
+        here.run(schemes=["W4A16g20", "W4A16g24"])
+    assert "group_size=20" in str(caught.value) and "group_size=24" in str(caught.value)
+
+
+def test_a_plugins_own_refusal_comes_before_the_texts_are_read(here, monkeypatch) -> None:
+    def refuse(self, scheme, spec) -> None:
+        raise UnsupportedSchemeError("not today")
+
+    monkeypatch.setattr(RTN, "check", refuse)
+    here.calibration.unlink()
+    with pytest.raises(ConfigError, match=re.escape("rtn at W3A16: not today")):
+        here.run()
+    assert not here.output.exists()
