@@ -196,31 +196,33 @@ def fit(
         for i in range(0, len(inputs), settings.batch_size)
     ]
     on_gpu = settings.device.type == "cuda"
+    warm = on_gpu if settings.warm_inverse is None else settings.warm_inverse
     report = FitReport()
     replay: Callable[[], None] | None = None
     last_finite = math.nan
     for epoch in range(training.epochs):
         for transform in plan.transforms:
             transform.set_epoch(epoch, training.epochs)
-            if on_gpu and settings.warm_inverse:
+            if warm:
                 transform.warm_up()
         if epoch == 0 and on_gpu and settings.cuda_graph and step.scaler is None:
             step.fill(batches[0], inputs, target, same_input_target)
             replay = capture_step(lambda: step.run(len(batches[0])), step.parameters, step.optimizer)
             report.extras["captured"] = float(replay is not None)
-            for transform in plan.transforms:
-                transform.warm_up()  # the warm-up runs moved it
-        before = step.snapshot() if on_gpu else None
+            if warm:  # the runs before the capture moved it
+                for transform in plan.transforms:
+                    transform.warm_up()
+        before = step.snapshot() if warm else []
         losses = _epoch(step, batches, inputs, target, same_input_target, replay)
         residuals = [r for t in plan.transforms if (r := t.residual()) is not None]
-        if before is not None and residuals:
+        if residuals:
             report.extras["inverse_residual"] = max(*residuals, report.extras.get("inverse_residual", 0.0))
-            if not max(residuals) <= WarmInverse.LIMIT:  # also when it is not a number
-                step.restore(before)
-                for transform in plan.transforms:
-                    transform.cool_down()
-                losses = _epoch(step, batches, inputs, target, same_input_target, None)
-                report.extras["direct_inverse_epochs"] = report.extras.get("direct_inverse_epochs", 0.0) + 1
+        if any(not r <= WarmInverse.LIMIT for r in residuals):  # "not ≤" also where it is not a number
+            step.restore(before)
+            for transform in plan.transforms:
+                transform.cool_down()
+            losses = _epoch(step, batches, inputs, target, same_input_target, None)
+            report.extras["direct_inverse_epochs"] = report.extras.get("direct_inverse_epochs", 0.0) + 1
         last_finite = _require_finite(losses, last_finite, epoch, training.epochs, settings)
         weighted = math.fsum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True))
         report.losses.append(weighted / len(inputs))

@@ -25,7 +25,7 @@ class EngineSettings:
         zero_in_range: See `Grid`.
         attention_granularity: See `engine.attention.Operands`.
         cuda_graph: Capture the optimizer step (one GPU launch per step); eager where capture fails.
-        warm_inverse: On a GPU, invert matrices by warm-started Newton–Schulz steps instead of factorizations.
+        warm_inverse: Invert matrices by warm-started Newton–Schulz steps instead of factorizations; None: on a GPU.
         allow_fallback: Where float16 overflows, go on in bfloat16 and say so in the row, instead of stopping.
         scratch: Folder for memory-mapped hidden states.
     """
@@ -38,7 +38,7 @@ class EngineSettings:
     zero_in_range: bool = True
     attention_granularity: Literal["per_head", "per_token"] = "per_head"
     cuda_graph: bool = True
-    warm_inverse: bool = True
+    warm_inverse: bool | None = None
     allow_fallback: bool = False
     scratch: Path | None = None
 

@@ -43,10 +43,10 @@ class _Inverse(torch.autograd.Function):
 class WarmInverse:
     """Inverse of a matrix that changes little from step to step: Newton–Schulz from the last step's inverse.
 
-    Y ← Y(2I − BY) for B = D⁻¹A with D = diag(A), so that the diagonal, which varies by orders between channels,
-    stays out of the arithmetic; A⁻¹ = Y D⁻¹. Only products, so it runs on tensor cores, in a captured step and without
-    waiting for the device. Whoever uses it looks at `residual` now and then (the engine: after each epoch) and falls
-    back to the direct inverse above `LIMIT`.
+    Y ← Y(2I − BY) for B = |D|^−½ A |D|^−½ sign(D) with D = diag(A), so that the diagonal, which varies by orders
+    between channels, stays out of the arithmetic. Only products, so it runs on tensor cores, in a captured step and
+    without waiting for the device. Whoever uses it looks at `residual` now and then (the engine: after each epoch) and
+    falls back to the direct inverse above `LIMIT`.
     """
 
     LIMIT = 0.5  # ‖I − BY‖∞ before the last iteration; after it at most 0.25, and mostly far less
@@ -59,24 +59,31 @@ class WarmInverse:
         self.identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         self.restart(matrix)
 
+    @staticmethod
+    def _scales(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Row and column factors that give the matrix a unit diagonal."""
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        root = diagonal.abs().rsqrt()
+        return (root * diagonal.sign()).unsqueeze(-1), root.unsqueeze(-2)
+
     @torch.no_grad()
     def restart(self, matrix: Tensor) -> None:
         """Set to the direct inverse, in place."""
-        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        self.scaled_inverse.copy_(torch.linalg.inv(matrix / diagonal.unsqueeze(-1)))
+        rows, columns = self._scales(matrix)
+        self.scaled_inverse.copy_(torch.linalg.inv(matrix * rows * columns))
         self.residual.zero_()
 
     def step(self, matrix: Tensor) -> Tensor:
         """Inverse of the matrix as it is now; remembers it and the largest residual met."""
-        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-        scaled, y = matrix / diagonal.unsqueeze(-1), self.scaled_inverse
+        rows, columns = self._scales(matrix)
+        scaled, y = matrix * rows * columns, self.scaled_inverse
         with tensor_cores(matrix):
             for _ in range(self.iterations):
                 defect = self.identity - scaled @ y
                 y = y + y @ defect
         self.residual.copy_(torch.maximum(self.residual, defect.abs().sum(-1).amax()))
         self.scaled_inverse.copy_(y)
-        return y / diagonal.unsqueeze(-2)
+        return y * columns.mT * rows.mT
 
 
 @contextmanager

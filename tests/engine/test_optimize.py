@@ -27,6 +27,7 @@ from qbench.quant import fake
 from qbench.quant.clipping import Clipping
 from qbench.quant.grid import Grid
 from qbench.scheme import Scheme
+from qbench.transforms.maps import WarmInverse
 from qbench.transforms.tensors import BlockTensors
 from qbench.transforms.transform import DiagonalTransform, MatrixTransform, RotationTransform, Transform, apply_all
 from tests.blocks import Case, build_case
@@ -347,3 +348,32 @@ def test_a_singular_matrix_is_reported_and_not_trained_on(make) -> None:
         matrix[0, 0, 0] = 1.0
     with pytest.raises(NumericalError, match="epoch 1 of 2, step 1 of 4"):
         problem.fit(batch_size=1)
+
+
+# ----------------------------------------------------------------------------------------- warm-started inverses
+
+
+@pytest.fixture
+def seeded(make) -> Callable[..., Problem]:
+    """The same problem each time."""
+
+    def build(**options: object) -> Problem:
+        torch.manual_seed(0)
+        return make(**options)
+
+    return build
+
+
+def test_warm_started_inverses_give_the_losses_of_direct_ones(seeded) -> None:
+    direct = seeded(epochs=3).fit(warm_inverse=False)
+    problem = seeded(epochs=3)
+    warm = problem.fit(warm_inverse=True)
+    assert warm == pytest.approx(direct, rel=1e-4)
+    assert warm != direct  # it did compute something else
+    assert all(t.residual() is None for t in problem.plan.transforms)  # and ended with it
+
+
+def test_an_epoch_that_newton_cannot_follow_is_repeated_with_direct_inverses(seeded, monkeypatch) -> None:
+    direct = seeded(epochs=2).fit(warm_inverse=False)
+    monkeypatch.setattr(WarmInverse, "LIMIT", 0.0)  # nothing is good enough
+    assert seeded(epochs=2).fit(warm_inverse=True) == direct

@@ -1,0 +1,60 @@
+"""The fused kernels compute what the CPU path computes, run here by Triton's interpreter in a process of its own.
+
+The interpreter must be chosen before Triton is imported, hence the process. Where Triton is not installed (it is an
+extra, a gigabyte on disk) the test skips; on a GPU `tests/quant/test_fake.py` runs the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+CHECK = """
+import itertools, torch
+from qbench.quant import fake, fake_triton
+from qbench.quant.grid import Grid
+
+generator = torch.Generator().manual_seed(0)
+def random(*shape): return torch.randn(*shape, generator=generator)
+checked = 0
+for symmetric, (group, width), zero, bits in itertools.product(
+    (False, True), ((None, 40), (16, 48), (None, 4100)), (False, True), (2, 4)
+):
+    grid = Grid(bits, symmetric, group, zero)
+    x = random(5, width) + (0 if zero else 3)
+    x[0, :4] = x[0, 4]          # ties
+    x[1, 0] = x[1].max()
+    if zero:
+        x[2] = x[2].abs() + 0.1  # one sign only: the range is widened
+    logits = [random(5, grid.n_groups(width)) + 2 for _ in range(2)]
+    upstream = random(5, width)
+    for clipping in ([None, None], logits):
+        leaves = [t.clone().requires_grad_() for t in (x, *(c for c in clipping if c is not None))]
+        value = fake.fake_quantize(leaves[0], grid, *(leaves[1:] or clipping))
+        gradients = torch.autograd.grad((value * upstream).sum(), leaves)
+        found = fake_triton.forward(x, *clipping, grid, torch.float32)
+        found_gradients = [g for g in fake_triton.backward(x, upstream, *clipping, grid, True) if g is not None]
+        assert len(found_gradients) == len(gradients)
+        for got, wanted in zip([found, *found_gradients], [value.detach(), *gradients], strict=True):
+            error = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+            assert error < 2e-6, (symmetric, group, width, zero, bits, float(error))
+            checked += 1
+print("checked", checked)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (extra `triton`)")
+def test_the_kernels_agree_with_the_cpu_path() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHECK],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["checked", str(24 * (2 + 4))]
