@@ -298,10 +298,7 @@ def _attach_checkpoint(lane: Lane, method: Method, common: _Common) -> None:
         }
     )
     folder = Path(config.resume or config.output) / "checkpoints" / f"{method.name}-{lane.scheme}-{key[:12]}"
-    checkpoint = Checkpoint(folder, key)
-    if config.restart:
-        checkpoint.clear()
-    lane.checkpoint = checkpoint
+    lane.checkpoint = Checkpoint(folder, key, config.restart)
 
 
 def _evaluate(common: _Common, label: str) -> dict[str, Metric]:
@@ -340,14 +337,21 @@ def _baseline(common: _Common) -> Result:
     notes: list[str] = []
     started = time.perf_counter()
     common.listener.stage("evaluate", BASELINE)
-    if cache.exists() and not common.config.restart:
-        metrics = {name: Metric(**m) for name, m in json.loads(cache.read_text()).items()}
-    else:
+    metrics = {} if common.config.restart else _read_cache(cache)
+    if not metrics:
         metrics = _evaluate(common, BASELINE)
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache, json.dumps({k: m.model_dump() for k, m in metrics.items()}).encode())
     cost = Cost(seconds=0.0, peak_cpu_bytes=_peak_cpu(), stages={"evaluate": time.perf_counter() - started})
     return _record(common, BASELINE, Scheme(16, 16), {}, metrics, 16.0, cost, notes, None)
+
+
+def _read_cache(path: Path) -> dict[str, Metric]:
+    """Cached metrics, or none where the file is missing or damaged: measuring again costs only time."""
+    try:
+        return {name: Metric(**m) for name, m in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) -> Result:
@@ -387,11 +391,13 @@ def _record(
     notes: list[str],
     result: LaneResult | None,
 ) -> Result:
+    compute = common.config.compute
     identity = {
         "contract": common.contract,
         "method": method,
         "options": dict(options),
         "scheme": str(scheme),
+        "batch_size": compute.batch_size if result is not None else None,
     }
     row = Result(
         id=provenance.sha256_json(identity),

@@ -115,14 +115,12 @@ def check(method: str) -> None:
 
     Works for any registered method, those of installed packages included. Exit status 1 if a rule is broken.
     """
-    from qbench.cli.progress import listening
     from qbench.methods import METHODS
 
     METHODS.load(method)  # an unknown name is refused before anything is imported or built
     from qbench.methods.conformance import check as conformance
 
-    with listening() as listener:
-        facts = conformance(method, listener)
+    facts = conformance(method)
     for fact, passed, detail in facts:
         verdict = click.style("pass", fg="green") if passed else click.style("FAIL", fg="red", bold=True)
         click.echo(f"{verdict}  {fact}" + (f": {detail}" if detail else ""))

@@ -18,12 +18,13 @@ from qbench.errors import ConfigError, DataError
 class Checkpoint:
     """Folder of one lane's finished blocks."""
 
-    def __init__(self, folder: Path, key: str):
+    def __init__(self, folder: Path, key: str, restart: bool = False):
         """Open a folder, or begin one.
 
         Args:
             folder: Created if missing.
             key: Hash of everything the blocks depend on; a folder of another key is refused, never reused.
+            restart: Forget what the folder holds, damaged or not.
 
         Raises:
             ConfigError: If the folder belongs to another run or cannot be written.
@@ -35,6 +36,8 @@ class Checkpoint:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"Cannot create checkpoint folder {folder}: {error.strerror}.") from error
+        if restart:
+            self.clear()
         manifest = folder / "manifest.json"
         if not manifest.exists():
             return

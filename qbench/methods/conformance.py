@@ -184,6 +184,11 @@ def _on_grid(cls: type[Method]) -> str:
                     where = f"{subject.architecture.name} {scheme} block {i} {role}"
                     _require(isinstance(linear, QuantizedWeight), f"{where}: no integer codes")
                     assert isinstance(linear, QuantizedWeight)
+                    asked = (scheme.wbits, scheme.symmetric, scheme.group_size)
+                    used = (linear.grid.bits, linear.grid.symmetric, linear.grid.group_size)
+                    _require(
+                        used == asked, f"{where}: (bits, symmetric, group size) {used} instead of {asked}"
+                    )
                     _require(
                         int(linear.codes.max()) < 2**scheme.wbits,
                         f"{where}: a code exceeds {scheme.wbits} bits",
@@ -300,6 +305,7 @@ def _options(cls: type[Method]) -> str:
     method = _method(cls, Scheme.parse("W4A4"), next(_subjects()))
     again = cls(**method.model_dump(mode="json"))
     _require(again == method, f"{method.model_dump()} comes back as {again.model_dump()}")
+    _require(cls.model_config.get("frozen") is True, "options can be changed after they were checked")
     undocumented = [n for n, f in cls.model_fields.items() if not f.description]
     _require(not undocumented, f"options without a description: {', '.join(undocumented)}")
     try:

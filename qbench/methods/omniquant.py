@@ -75,7 +75,7 @@ class OmniQuant(Method):
             "shift": not llama and not weight_only,
             "epochs": 40 if two_bits else 20,
             "let_lr": 5e-3,
-            "alpha": 0.5 if llama or weight_only else 0.75,
+            "alpha": 0.5 if llama or weight_only or scheme.wbits > 4 else 0.75,
             "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
         }
         return self.model_copy(update={k: v for k, v in recipe.items() if getattr(self, k) is None})
@@ -122,5 +122,6 @@ class OmniQuant(Method):
             "LLaMA, W4A4": "lwc, let, aug_loss, alpha 0.5, 20 epochs",
             "LLaMA, W6A6 and other activations": "lwc, let, 20 epochs",
             "OPT, weight-only": "lwc, let, 20 epochs; 2 bits: 40 epochs",
-            "OPT, quantized activations": "lwc, let, shift, alpha 0.75, 20 epochs",
+            "OPT, W4A4": "lwc, let, shift, alpha 0.75, 20 epochs",
+            "OPT, W6A6 and other activations": "lwc, let, shift, 20 epochs",
         }

@@ -1,0 +1,68 @@
+"""CPU speed of the quantizer core and of the engine's step, in groups; `make bench`. Nothing asserts a time.
+
+The floor of each group is the plainest operation that touches the same data: a copy for fake quantization, a product
+of the same shape for a transform.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qbench.quant import fake
+from qbench.quant.grid import Grid
+from qbench.transforms.maps import Blocks, WarmInverse, inverse
+
+pytest.importorskip("pytest_benchmark")
+ROWS, WIDTH = 640, 256
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
+def _weight() -> torch.Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.benchmark(group="fake quantization of 640×256, forward and backward")
+@pytest.mark.parametrize("how", ["floor: copy", "closed form", "recorded operations"])
+def test_fake_quantize(benchmark, how: str) -> None:
+    weight = _weight().requires_grad_()
+    upper, lower = (torch.full((ROWS, 1), 4.0, requires_grad=True) for _ in range(2))
+    grid = Grid(4)
+
+    def step() -> None:
+        if how == "floor: copy":
+            weight.clone().sum().backward()
+        elif how == "closed form":
+            fake.fake_quantize(weight, grid, upper, lower).sum().backward()
+        else:
+            fake.reference(weight, grid, upper, lower).sum().backward()
+
+    benchmark(step)
+
+
+@pytest.mark.benchmark(group="inverse of 256×256")
+@pytest.mark.parametrize("how", ["floor: one product", "factorization", "warm-started"])
+def test_inverse(benchmark, how: str) -> None:
+    matrix = torch.eye(WIDTH) + 0.01 * torch.randn(
+        1, WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)
+    )
+    warm = WarmInverse(matrix, 1)
+    calls = {
+        "floor: one product": lambda: matrix @ matrix,
+        "factorization": lambda: inverse(matrix),
+        "warm-started": lambda: inverse(matrix, warm),
+    }
+    benchmark(calls[how])
+
+
+@pytest.mark.benchmark(group="a transform on 640×256")
+@pytest.mark.parametrize("groups", [1, 4], ids=["full matrix", "four heads"])
+def test_apply_rows(benchmark, groups: int) -> None:
+    width = WIDTH // groups
+    matrix = torch.eye(width).expand(groups, -1, -1) + 0.01
+    blocks = Blocks.of(matrix)
+    benchmark(blocks.apply_rows, _weight())

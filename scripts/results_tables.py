@@ -1,0 +1,87 @@
+"""Print the tables of docs/results.md from result folders, so that no figure there is typed by hand.
+
+    python scripts/results_tables.py RESULTS
+
+RESULTS holds one folder per run of the two experiment files: methods-MODEL, parity-legal-MODEL and
+parity-published-MODEL for each reference model. The authors' figures are experiments/reference-authors.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from qbench.reports.comparison import compare
+from qbench.results import Result, ResultStore
+
+ORDER = ("rtn", "smoothquant", "omniquant", "affinequant")
+METRIC = "wikitext2/perplexity"
+TOLERANCE = 1.01
+AUTHORS = Path(__file__).parent.parent / "experiments" / "reference-authors.csv"
+
+
+def perplexity(rows: Sequence[Result], method: str, scheme: str) -> float | None:
+    """Of one row, if it is there."""
+    for row in rows:
+        if (row.method, row.scheme) == (method, scheme):
+            return row.metrics[METRIC].value
+    return None
+
+
+def order_report(rows: Sequence[Result]) -> list[str]:
+    """One sentence per scheme: whether the published order RTN ≥ SmoothQuant ≥ OmniQuant ≥ AffineQuant holds."""
+    sentences = []
+    for scheme in dict.fromkeys(row.scheme for row in rows if not row.is_baseline):
+        values = {method: perplexity(rows, method, scheme) for method in ORDER}
+        breaks = [
+            f"{worse} {values[worse]:.2f} < {better} {values[better]:.2f}"
+            for worse, better in pairwise(ORDER)
+            if values[worse] is not None and values[better] is not None and values[worse] < values[better]
+        ]
+        sentences.append(f"* {scheme}: " + ("does not hold: " + "; ".join(breaks) if breaks else "holds"))
+    return sentences
+
+
+def parity_table(folder: Path) -> list[str]:
+    """The authors' figures beside both forms of ours."""
+    lines = [
+        "| model | method | scheme | authors' code | published form | ÷ | preserving form | ÷ | within 1% or below |",
+        "|---|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    stores: dict[str, list[Result]] = {}
+    with AUTHORS.open() as file:
+        for cell in csv.DictReader(file):
+            theirs = float(cell["perplexity"])
+            shown, good = [], True
+            for form in ("published", "legal"):
+                name = f"parity-{form}-{cell['model']}"
+                if name not in stores:
+                    stores[name] = ResultStore(folder / name).load_all() if (folder / name).is_dir() else []
+                ours = perplexity(stores[name], cell["method"], cell["scheme"])
+                shown += [f"{ours:.2f}", f"{ours / theirs:.3f}"] if ours is not None else ["—", "—"]
+                good = good and ours is not None and ours <= TOLERANCE * theirs
+            lines.append(
+                f"| {cell['model']} | {cell['method']} | {cell['scheme']} | {theirs} | {' | '.join(shown)} "
+                f"| {'yes' if good else 'no'} |"
+            )
+    return lines
+
+
+def main() -> None:
+    """Print everything."""
+    folder = Path(sys.argv[1])
+    for path in sorted(folder.glob("methods-*")):
+        rows = ResultStore(path).load_all()
+        print(f"## {path.name.removeprefix('methods-')}\n")
+        print(compare(rows).render("markdown"))
+        print("\nPublished order RTN ≥ SmoothQuant ≥ OmniQuant ≥ AffineQuant in perplexity:\n")
+        print("\n".join(order_report(rows)), "\n")
+    print("## Against the authors' code\n")
+    print("\n".join(parity_table(folder)))
+
+
+if __name__ == "__main__":
+    main()
