@@ -123,7 +123,7 @@ class Result(_Record):
 
     schema_version: int = SCHEMA_VERSION
     id: str = Field(min_length=12)
-    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="milliseconds"))
     model: str
     model_fingerprint: str
     revision: str | None = None

@@ -18,9 +18,15 @@ from qbench.reports.comparison import compare
 from qbench.results import Result, ResultStore
 
 ORDER = ("rtn", "smoothquant", "omniquant", "affinequant")
+SCHEMES = ("W16A16", "W4A16g128", "W3A16", "W2A16g64", "W4A4", "W6A6")
 METRIC = "wikitext2/perplexity"
 TOLERANCE = 1.01
 AUTHORS = Path(__file__).parent.parent / "experiments" / "reference-authors.csv"
+
+
+def rank(method: str) -> int:
+    """Place in the published order; the baseline first."""
+    return ORDER.index(method) if method in ORDER else -1
 
 
 def perplexity(rows: Sequence[Result], method: str, scheme: str) -> float | None:
@@ -74,7 +80,9 @@ def main() -> None:
     """Print everything."""
     folder = Path(sys.argv[1])
     for path in sorted(folder.glob("methods-*")):
-        rows = ResultStore(path).load_all()
+        rows = sorted(
+            ResultStore(path).load_all(), key=lambda row: (SCHEMES.index(row.scheme), rank(row.method))
+        )
         print(f"## {path.name.removeprefix('methods-')}\n")
         print(compare(rows).render("markdown"))
         print("\nPublished order RTN ≥ SmoothQuant ≥ OmniQuant ≥ AffineQuant in perplexity:\n")

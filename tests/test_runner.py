@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,15 +22,15 @@ import qbench
 import qbench.runner as runner_module
 from qbench.cli import main
 from qbench.config import RunConfig
-from qbench.engine.install import quantized
 from qbench.engine.progress import Listener
+from qbench.engine.state import BlockState
 from qbench.errors import ConfigError, DataError, NumericalError, UnsupportedSchemeError
 from qbench.methods.rtn import RTN
 from qbench.models.loading import load_model
 from qbench.results import Result, ResultStore
 from qbench.runner import run
+from qbench.scheme import Scheme
 from tests import model_folders
-from tests.blocks import blocks_of
 from tests.tiny_runs import naive_logits
 
 SEQ_LEN, WINDOWS = 32, 6
@@ -141,7 +142,15 @@ def test_every_row_is_recorded_as_it_was_returned(here) -> None:
     assert stored == {row.id: row for row in rows}
     for path in here.records():
         record = json.loads(path.read_text())
-        assert set(record) >= {"qbench", "results", "configs", "versions", "n-shot", "higher_is_better", "n-samples"}
+        assert set(record) >= {
+            "qbench",
+            "results",
+            "configs",
+            "versions",
+            "n-shot",
+            "higher_is_better",
+            "n-samples",
+        }
         assert record["results"]["own"]["perplexity,none"] > 1
     assert not [path for path in here.written() if path.suffix in (".tmp", ".writing")]
 
@@ -159,27 +168,22 @@ def test_the_numbers_are_those_of_plain_transformers(here, family) -> None:
         chosen = logits[:, :-1].double().log_softmax(-1).gather(-1, windows[:, 1:, None])
         return math.exp(-float(chosen.mean()))
 
-    class Rounded:  # a stand-in for a lane's result: RTN by the quantizer's own formula
-        class lane:  # noqa: N801
-            scheme = RunConfig(schemes=["W2A16g8"]).parsed_schemes[0]
-
-        def state(self, index: int):
-            from qbench.engine.prepare import block_tensors
-            from qbench.engine.state import BlockState
-            from qbench.quant.grid import Grid
-            from qbench.quant.uniform import extremes, round_to_nearest
-            from tests.tiny_runs import spec_of
-
-            tensors = block_tensors(blocks_of(model)[index], spec_of(model), "cpu", torch.float32)
-            grid = Grid(2, group_size=8)
-            linears = {k: round_to_nearest(w, *extremes(w, grid), grid) for k, w in tensors.weight.items()}
-            return BlockState(linears, tensors)
-
+    (folder,) = (
+        here.output / "checkpoints"
+    ).iterdir()  # what the run left: integers, read back without the run
+    codes = SimpleNamespace(
+        lane=SimpleNamespace(scheme=Scheme.parse("W2A16g8")),
+        state=lambda index: BlockState.load(folder / f"block-{index:04d}.safetensors"),
+    )
     with torch.no_grad():
-        assert baseline.metrics["own/perplexity"].value == pytest.approx(perplexity(model(windows).logits), rel=1e-6)
-    expected = perplexity(naive_logits(model, Rounded(), windows))
+        assert baseline.metrics["own/perplexity"].value == pytest.approx(
+            perplexity(model(windows).logits), rel=1e-6
+        )
+    expected = perplexity(naive_logits(model, codes, windows))
     assert row.metrics["own/perplexity"].value == pytest.approx(expected, rel=1e-5)
-    assert row.metrics["own/perplexity"].value != pytest.approx(baseline.metrics["own/perplexity"].value, rel=1e-3)
+    assert row.metrics["own/perplexity"].value != pytest.approx(
+        baseline.metrics["own/perplexity"].value, rel=1e-3
+    )
 
 
 def test_several_texts_and_a_limit(here) -> None:
@@ -372,9 +376,13 @@ def test_restart_computes_everything_again(here, scored) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"calibration": {"seed": 5}}, {"compute": {"batch_size": 2}}, {"methods": [{"name": "omniquant", "options": {"epochs": 2}}]}],
+    [
+        {"calibration": {"seed": 5}},
+        {"compute": {"batch_size": 2}},
+        {"methods": [{"name": "omniquant", "options": {"epochs": 2}}]},
+    ],
     ids=["seed", "batch size", "epochs"],
-)  # fmt: skip
+)
 def test_checkpoints_of_another_request_are_not_used(here, change) -> None:
     request = here.request(methods=TRAINED[2:3])
     here.run(methods=TRAINED[2:3])
@@ -403,7 +411,9 @@ def test_save_dir_writes_what_folds_and_says_what_does_not(here) -> None:
     assert any(note.startswith("saved to ") for note in rows[1].notes)
     assert any(note.startswith("not saved as a transformers folder: full matrices") for note in rows[2].notes)
     again = here.run(model=str(saved / "tiny-llama-rtn-W3A16"), schemes=["W16A16"])
-    assert again[0].metrics["own/perplexity"].value == pytest.approx(rows[1].metrics["own/perplexity"].value, rel=1e-6)
+    assert again[0].metrics["own/perplexity"].value == pytest.approx(
+        rows[1].metrics["own/perplexity"].value, rel=1e-6
+    )
 
 
 def test_the_published_form_is_noted_in_the_row(here) -> None:
@@ -446,8 +456,8 @@ def test_the_default_run_needs_nothing_but_the_package(tmp_path, monkeypatch) ->
     baseline, row = qbench.run(RunConfig.model_validate(request))
     assert (row.model, row.method, row.scheme) == ("tiny-llama", "rtn", "W4A4")
     assert row.calibration["dataset"] == "stdlib"
-    full, quantized_value = (r.metrics["stdlib/perplexity"].value for r in (baseline, row))
-    assert 2 < full < 60 and quantized_value > 1.05 * full
+    full, rounded = (r.metrics["stdlib/perplexity"].value for r in (baseline, row))
+    assert 2 < full < 60 and rounded > 1.05 * full
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results"]
 
 
@@ -466,12 +476,13 @@ def test_the_second_embedded_model_runs_too(tmp_path) -> None:
 def test_a_model_in_memory_is_left_alone_by_the_run(here, monkeypatch) -> None:
     """The one that the runner loaded: afterwards it is the full-precision model again."""
     kept = []
-    monkeypatch.setattr(runner_module, "load_model", lambda *a, **k: kept.append(load_model(*a, **k)) or kept[-1])
+    monkeypatch.setattr(
+        runner_module, "load_model", lambda *a, **k: kept.append(load_model(*a, **k)) or kept[-1]
+    )
     here.run(methods=TRAINED[:3], schemes=["W4A4"])
     fresh = load_model(str(here.model)).model.state_dict()
     found = kept[0].model.state_dict()
     assert list(found) == list(fresh) and all(torch.equal(found[name], fresh[name]) for name in fresh)
-    assert quantized is runner_module.quantized
 
 
 # ------------------------------------------------------------------------------------- bad input
@@ -598,7 +609,9 @@ def test_a_hub_model_that_cannot_be_reached_is_refused(here, refused) -> None:
 
 def test_a_model_type_that_is_not_supported_lists_those_that_are(here, refused) -> None:
     config = json.loads((here.model / "config.json").read_text())
-    (here.model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (here.model / "config.json").write_text(
+        json.dumps(config | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
     message = refused()
     assert "'gpt2' is not supported" in message and "llama, mistral, qwen2, qwen3, opt" in message
     assert not here.output.exists()
@@ -616,7 +629,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(here, refused, bad) -> 
     assert not here.output.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing tensor", "no config", "no weights", "no tokenizer"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "garbage", "missing tensor", "no config", "no weights", "no tokenizer"]
+)
 def test_a_damaged_model_folder_is_refused(here, refused, damage) -> None:
     path = here.model / "model.safetensors"
     if damage == "truncated":
@@ -677,19 +692,29 @@ def test_a_method_that_breaks_down_exits_with_3_and_keeps_the_finished_rows(here
 
 def test_the_command_line_prints_what_was_recorded(here) -> None:
     arguments = ["--model", str(here.model), "--method", "rtn", "--scheme", "W3A16", "--nsamples", "3"]
-    arguments += ["--seqlen", str(SEQ_LEN), "--calib-dataset", str(here.calibration), "--eval", str(here.evaluation)]
+    arguments += [
+        "--seqlen",
+        str(SEQ_LEN),
+        "--calib-dataset",
+        str(here.calibration),
+        "--eval",
+        str(here.evaluation),
+    ]
     arguments += ["--output", str(here.output), "--format", "json"]
     result = CliRunner().invoke(main, ["run", *arguments])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    assert [(row["method"], row["scheme"]) for row in rows] == [("full-precision", "W16A16"), ("rtn", "W3A16")]
+    assert [(row["method"], row["scheme"]) for row in rows] == [
+        ("full-precision", "W16A16"),
+        ("rtn", "W3A16"),
+    ]
     wanted = {"model", "method", "scheme", "metrics", "bits_per_weight", "cost", "contract", "notes"}
     assert all(set(row) >= wanted for row in rows)
     stored = {r.method: r for r in ResultStore(here.output).load_all()}
     for row in rows:
-        metric = row["metrics"]["evaluation/perplexity"]
-        assert metric == {"value": stored[row["method"]].metrics["evaluation/perplexity"].value,
-                          "stderr": stored[row["method"]].metrics["evaluation/perplexity"].stderr, "n": WINDOWS}  # fmt: skip
+        metric = stored[row["method"]].metrics["evaluation/perplexity"]
+        printed = row["metrics"]["evaluation/perplexity"]
+        assert printed == {"value": metric.value, "stderr": metric.stderr, "n": WINDOWS}
         assert set(row["cost"]) == {"seconds", "peak_gpu_bytes", "peak_cpu_bytes"}
 
 

@@ -1,4 +1,4 @@
-"""Reconstruction of tiny models for tests, and what the result should compute, written a second time without the engine."""
+"""Reconstruction of tiny models for tests, and what its result should compute, written again without the engine."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def differences(one: LaneResult, other: LaneResult) -> list[str]:
     """Names of stored tensors that are not equal bit for bit, or are in one of the two only."""
     first, second = stored(one), stored(other)
     unmatched = sorted(first.keys() ^ second.keys())
-    return unmatched + [name for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])]
+    return unmatched + [
+        name for name in first.keys() & second.keys() if not torch.equal(first[name], second[name])
+    ]
 
 
 @torch.no_grad()
@@ -159,7 +161,8 @@ class _NaiveNorm(nn.Module):
 
 def naive_block(block: nn.Module, spec: BlockSpec, state: BlockState, scheme: Scheme) -> nn.Module:
     """A copy of transformers' own layer with the state's weights, and hooks that quantize every linear's input."""
-    configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}  # shared: it names the attention
+    # the configuration stays shared: it names the attention
+    configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}
     layer = copy.deepcopy(block, configs)
     dtype = next(block.parameters()).dtype
 
@@ -170,7 +173,9 @@ def naive_block(block: nn.Module, spec: BlockSpec, state: BlockState, scheme: Sc
         stored_linear = state.linears[role]
         is_integer = isinstance(stored_linear, QuantizedWeight)
         weight = naive_dequantize(stored_linear) if is_integer else stored_linear
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=state.rest.bias[role] is not None, dtype=dtype)
+        linear = nn.Linear(
+            weight.shape[1], weight.shape[0], bias=state.rest.bias[role] is not None, dtype=dtype
+        )
         linear.weight.data = cast(weight)
         if state.rest.bias[role] is not None:
             linear.bias.data = cast(state.rest.bias[role])
@@ -197,9 +202,15 @@ def naive_attention(model: nn.Module, scheme: Scheme, per_token: bool = False) -
         rows = naive_fake_quantize(x.transpose(1, 2).flatten(2), bits)  # [batch, tokens, heads·width]
         return rows.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any):
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: Any = None, **_: Any
+    ):
         query_bits, other_bits = scheme.attention_bits
-        query, key, value = quantize(query, query_bits), quantize(key, other_bits), quantize(value, other_bits)
+        query, key, value = (
+            quantize(query, query_bits),
+            quantize(key, other_bits),
+            quantize(value, other_bits),
+        )
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,12 +25,16 @@ SAVED = [
     pytest.param("llama", "rtn", "W2A16g8", {}, id="llama-rtn-groups"),
     pytest.param("llama", "smoothquant", "W4A16", {}, id="llama-smoothquant"),
     pytest.param("llama", "affinequant", "W3A16", FOLDED, id="llama-affinequant-folded"),
-    pytest.param("llama", "omniquant", "W3A16", VALUE_SHIFT, id="llama-value-shift"),  # through attention_bias
+    pytest.param(
+        "llama", "omniquant", "W3A16", VALUE_SHIFT, id="llama-value-shift"
+    ),  # through attention_bias
     pytest.param("qwen3", "omniquant", "W3A16", VALUE_SHIFT, id="qwen3-value-shift"),
     pytest.param("qwen2", "affinequant", "W3A16", FOLDED, id="qwen2-affinequant-folded"),
     pytest.param("mistral", "omniquant", "W3A16", {"epochs": 1}, id="mistral-omniquant"),
     pytest.param("opt", "omniquant", "W3A16", {"let": True, "shift": True, "epochs": 1}, id="opt-shift"),
-    pytest.param("opt", "affinequant", "W4A16", {"use_ln_matrix": False, "epochs": 1}, id="opt-affinequant-shift"),
+    pytest.param(
+        "opt", "affinequant", "W4A16", {"use_ln_matrix": False, "epochs": 1}, id="opt-affinequant-shift"
+    ),
 ]
 
 
@@ -39,7 +42,9 @@ SAVED = [
 def prepare(build_tiny, tokens, tmp_path):
     """A model loaded from a folder, and one lane's result on it."""
 
-    def build(family: str, method: str, scheme: str, options: dict, **changes) -> tuple[LoadedModel, LaneResult]:
+    def build(
+        family: str, method: str, scheme: str, options: dict, **changes
+    ) -> tuple[LoadedModel, LaneResult]:
         folder = model_folders.save(build_tiny(family, **changes), tmp_path / f"my-{family}")
         loaded = load_model(str(folder))
         lane = make_lane(loaded.model, method, scheme, **options)

@@ -23,8 +23,12 @@ CASES = [
     pytest.param("llama", "rtn", "W4A8KV4-sym", {}, id="llama-rtn-W4A8KV4-sym"),
     pytest.param("llama", "rtn", "W16A16", {}, id="llama-rtn-W16A16"),
     pytest.param("llama", "smoothquant", "W4A4", {}, id="llama-smoothquant-W4A4"),
-    pytest.param("llama", "affinequant", "W3A16", TRAINED, id="llama-affinequant-W3A16"),  # matrices after the norms
-    pytest.param("llama", "affinequant", "W4A4", TRAINED, id="llama-affinequant-W4A4"),  # biases behind RMSNorms
+    pytest.param(
+        "llama", "affinequant", "W3A16", TRAINED, id="llama-affinequant-W3A16"
+    ),  # matrices after the norms
+    pytest.param(
+        "llama", "affinequant", "W4A4", TRAINED, id="llama-affinequant-W4A4"
+    ),  # biases behind RMSNorms
     pytest.param("qwen2", "affinequant", "W4A4", TRAINED, id="qwen2-affinequant-W4A4"),
     pytest.param("qwen3", "omniquant", "W4A4", TRAINED, id="qwen3-omniquant-W4A4"),
     pytest.param("opt", "omniquant", "W4A4", TRAINED, id="opt-omniquant-W4A4"),
@@ -45,7 +49,9 @@ def logits_within(model: nn.Module, result: LaneResult, ids: Tensor, **settings)
 
 
 @pytest.mark.parametrize(("family", "method", "scheme", "options"), CASES)
-def test_the_model_computes_with_the_lanes_integers(build_tiny, tokens, family, method, scheme, options) -> None:
+def test_the_model_computes_with_the_lanes_integers(
+    build_tiny, tokens, family, method, scheme, options
+) -> None:
     model = build_tiny(family).double()
     result = reconstructed(model, tokens[:2], method, scheme, **options)
     found = logits_within(model, result, tokens)

@@ -29,7 +29,13 @@ from qbench.quant.grid import Grid
 from qbench.scheme import Scheme
 from qbench.transforms.maps import WarmInverse
 from qbench.transforms.tensors import BlockTensors
-from qbench.transforms.transform import DiagonalTransform, MatrixTransform, RotationTransform, Transform, apply_all
+from qbench.transforms.transform import (
+    DiagonalTransform,
+    MatrixTransform,
+    RotationTransform,
+    Transform,
+    apply_all,
+)
 from tests.blocks import Case, build_case
 
 CPU = torch.device("cpu")
@@ -128,10 +134,16 @@ def random_transforms(case: Case) -> list[Transform]:
     """Every kind of map, at every site it is used at, away from where it starts."""
     spec, width = case.spec, case.spec.n_kv_heads * case.spec.head_dim
     transforms: list[Transform] = [
-        MatrixTransform(spec, spec.site("attn_in"), 1 + 0.2 * torch.rand(32), 0.1 * torch.randn(32), stability_factor=0.5),
+        MatrixTransform(
+            spec, spec.site("attn_in"), 1 + 0.2 * torch.rand(32), 0.1 * torch.randn(32), stability_factor=0.5
+        ),
         DiagonalTransform(spec, spec.site("mlp_in"), 1 + 0.2 * torch.rand(32), 0.1 * torch.randn(32)),
         MatrixTransform(
-            spec, spec.site("value_out"), 1 + 0.2 * torch.rand(width), 0.1 * torch.randn(width), stability_factor=0.5
+            spec,
+            spec.site("value_out"),
+            1 + 0.2 * torch.rand(width),
+            0.1 * torch.randn(width),
+            stability_factor=0.5,
         ),
         RotationTransform(spec, spec.site("query_key")),
     ]
@@ -144,7 +156,9 @@ def random_transforms(case: Case) -> list[Transform]:
 
 @pytest.fixture
 def make(build_tiny, tokens) -> Callable[..., Problem]:
-    def build(family: str = "opt", scheme: str = "W4A4", *, auxiliary: bool = False, epochs: int = 1) -> Problem:
+    def build(
+        family: str = "opt", scheme: str = "W4A4", *, auxiliary: bool = False, epochs: int = 1
+    ) -> Problem:
         case = build_case(build_tiny, family, tokens[:WINDOWS])
         parsed = Scheme.parse(scheme)
         grid = Grid(parsed.wbits, parsed.symmetric, parsed.group_size)
@@ -170,7 +184,9 @@ class Surrogate:
         self.frozen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.call = 0
 
-    def __call__(self, x: Tensor, grid: Grid, upper: Tensor | None = None, lower: Tensor | None = None, **_) -> Tensor:
+    def __call__(
+        self, x: Tensor, grid: Grid, upper: Tensor | None = None, lower: Tensor | None = None, **_
+    ) -> Tensor:
         groups = x.reshape(*x.shape[:-1], -1, grid.group_size or x.shape[-1])
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         if upper is not None:
@@ -181,7 +197,11 @@ class Surrogate:
             scale = (high - low) / (2**grid.bits - 1)
         scale = scale[..., None]
         if self.call == len(self.frozen):
-            zero = torch.full_like(scale, 2 ** (grid.bits - 1)) if grid.symmetric else (-low[..., None] / scale).round()
+            zero = (
+                torch.full_like(scale, 2 ** (grid.bits - 1))
+                if grid.symmetric
+                else (-low[..., None] / scale).round()
+            )
             free = (groups / scale).round() + zero
             codes = free.clamp(0, 2**grid.bits - 1)
             inside = free == codes
@@ -205,7 +225,9 @@ CASES = [
 
 @pytest.mark.parametrize(("scheme", "auxiliary"), CASES)
 def test_gradients_of_a_step_are_finite_differences_of_the_surrogate(make, still, scheme, auxiliary) -> None:
-    problem: Problem = make("opt", scheme, auxiliary=auxiliary)  # LayerNorm in float64; transformers' RMSNorm is not
+    problem: Problem = make(
+        "opt", scheme, auxiliary=auxiliary
+    )  # LayerNorm in float64; transformers' RMSNorm is not
     losses = problem.fit(batch_size=WINDOWS)
     gradients = dict(zip(problem.parameters, still.last.steps[0], strict=True))
     surrogate, step, checked = Surrogate(), 1e-6, set()
@@ -233,7 +255,9 @@ def test_gradients_are_those_of_one_uncut_graph(make, still, family, scheme, aux
     problem: Problem = make(family, scheme, auxiliary=auxiliary)
     problem.fit(batch_size=WINDOWS)
 
-    def reference(x: Tensor, grid: Grid, upper: Tensor | None = None, lower: Tensor | None = None, **_) -> Tensor:
+    def reference(
+        x: Tensor, grid: Grid, upper: Tensor | None = None, lower: Tensor | None = None, **_
+    ) -> Tensor:
         return fake.reference(x, grid, upper, lower)
 
     parameters = problem.parameters
@@ -246,7 +270,9 @@ def test_gradients_are_those_of_one_uncut_graph(make, still, family, scheme, aux
 def test_activations_alone_train_the_transforms(make, still) -> None:
     problem: Problem = make("opt", "W16A4")
     problem.fit(batch_size=WINDOWS)
-    expected = torch.autograd.grad(problem.loss(lambda x, grid, **_: fake.reference(x, grid)), problem.parameters.values())
+    expected = torch.autograd.grad(
+        problem.loss(lambda x, grid, **_: fake.reference(x, grid)), problem.parameters.values()
+    )
     for name, found, wanted in zip(problem.parameters, still.last.steps[0], expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9), name
 
@@ -275,7 +301,9 @@ def test_a_batch_size_need_not_divide_the_windows(make, still, batch_size) -> No
         expected = torch.autograd.grad(loss, list(problem.parameters.values()))
         for name, one, other in zip(problem.parameters, found, expected, strict=True):
             assert torch.allclose(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max())), name
-    assert losses == problem.epochs == [pytest.approx(total / WINDOWS, rel=1e-9)]  # a mean over windows, not over steps
+    assert (
+        losses == problem.epochs == [pytest.approx(total / WINDOWS, rel=1e-9)]
+    )  # a mean over windows, not over steps
 
 
 def test_each_group_of_parameters_has_its_own_rate_and_no_weight_decay(make) -> None:

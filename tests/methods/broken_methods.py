@@ -97,7 +97,9 @@ class Remembers(Broken):
     def plan(self, view: BlockView) -> BlockPlan:
         self._planned.append(view.index)
         shrink = 0.99 if len(self._planned) > 1 else 1.0
-        return BlockPlan(rounding=lambda w, low, high, grid: uniform.round_to_nearest(w, low * shrink, high * shrink, grid))
+        return BlockPlan(
+            rounding=lambda w, low, high, grid: uniform.round_to_nearest(w, low * shrink, high * shrink, grid)
+        )
 
 
 class Floors(Broken):

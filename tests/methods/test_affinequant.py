@@ -80,7 +80,14 @@ def test_the_weight_only_recipe_of_opt_depends_on_its_size(tiny_opt, scheme, siz
 
 
 def test_an_option_that_is_given_wins_over_the_preset(build_tiny) -> None:
-    given = {"use_ln_matrix": False, "use_matrix": True, "sf": 0.5, "epochs": 3, "aug_loss": True, "shift": False}
+    given = {
+        "use_ln_matrix": False,
+        "use_matrix": True,
+        "sf": 0.5,
+        "epochs": 3,
+        "aug_loss": True,
+        "shift": False,
+    }
     options = resolved(spec_of(build_tiny("llama")), "W3A16", **given).model_dump()
     assert {name: options[name] for name in given} == given
 
@@ -99,7 +106,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize(
-    ("family", "scheme", "options", "kinds"), KINDS, ids=[f"{f}-{s}{'-published' * bool(o)}" for f, s, o, _ in KINDS]
+    ("family", "scheme", "options", "kinds"),
+    KINDS,
+    ids=[f"{f}-{s}{'-published' * bool(o)}" for f, s, o, _ in KINDS],
 )
 def test_each_site_has_the_published_kind_of_map(build_tiny, tokens, family, scheme, options, kinds) -> None:
     transforms = planned(build_tiny(family), tokens, scheme, **options).transforms
@@ -113,7 +122,9 @@ def test_each_site_has_the_published_kind_of_map(build_tiny, tokens, family, sch
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_matrices_start_at_the_diagonal_of_the_scale_and_shifts_at_the_centre(build_tiny, tokens, family) -> None:
+def test_matrices_start_at_the_diagonal_of_the_scale_and_shifts_at_the_centre(
+    build_tiny, tokens, family
+) -> None:
     model, alpha = build_tiny(family), 0.4
     spec, inputs = spec_of(model), linear_inputs(model, tokens)[0]
     transforms = {t.site.name: t for t in planned(model, tokens, "W3A16", alpha=alpha).transforms}
@@ -163,9 +174,13 @@ def naive_mask(size: int, epoch: int, epochs: int, sf: float) -> Tensor:
 
 @pytest.mark.parametrize("epochs", [1, 2, 5, 20])
 @pytest.mark.parametrize("scheme", ["W3A16", "W4A4"])
-def test_the_effective_matrix_is_the_parameter_times_the_mask_in_every_epoch(tiny_opt, tokens, scheme, epochs) -> None:
+def test_the_effective_matrix_is_the_parameter_times_the_mask_in_every_epoch(
+    tiny_opt, tokens, scheme, epochs
+) -> None:
     method = resolved(spec_of(tiny_opt), scheme, sf=0.3)
-    matrices = [t for t in method.plan(view_of(tiny_opt, tokens, scheme)).transforms if isinstance(t, MatrixTransform)]
+    matrices = [
+        t for t in method.plan(view_of(tiny_opt, tokens, scheme)).transforms if isinstance(t, MatrixTransform)
+    ]
     assert {t.matrix.shape[-1] for t in matrices} == ({32, 8} if scheme == "W3A16" else {8})
     for transform in matrices:
         with torch.no_grad():
@@ -204,7 +219,9 @@ class Watcher(Listener):
 
 
 @pytest.mark.parametrize("gradual", [True, False], ids=["gradual", "at once"])
-def test_training_moves_what_the_band_of_the_epoch_holds_and_nothing_else(tiny_llama, tokens, gradual) -> None:
+def test_training_moves_what_the_band_of_the_epoch_holds_and_nothing_else(
+    tiny_llama, tokens, gradual
+) -> None:
     epochs, width, watcher = 4, 8, Watcher()
     lane = watcher.watch(make_lane(tiny_llama, "affinequant", "W4A4", epochs=epochs, gradual=gradual))
     reconstruct_lanes(tiny_llama, tokens[:2], [lane], watcher)
@@ -219,8 +236,12 @@ def test_the_folded_matrix_is_the_last_epochs_effective_one(tiny_llama, tokens) 
         state = result.state(i)
         for site, norm, role in (("attn_in", "attn_norm", "k"), ("mlp_in", "mlp_norm", "gate")):
             effective = state.learned[f"{site}.matrix"][0].double() * naive_mask(32, 2, 3, 0.2).double()
-            assert float((effective - effective.diag().diag()).abs().max()) > 1e-4  # off-diagonals were learned
-            assert torch.allclose(state.rest.norm_matrix[norm].double(), torch.linalg.inv(effective), atol=1e-5)
+            assert (
+                float((effective - effective.diag().diag()).abs().max()) > 1e-4
+            )  # off-diagonals were learned
+            assert torch.allclose(
+                state.rest.norm_matrix[norm].double(), torch.linalg.inv(effective), atol=1e-5
+            )
             weight = block.get_submodule(spec_of(tiny_llama).linears[role]).weight.detach().double()
             step, folded = state.linears[role].scale.double(), weight @ effective.T
             deviation = (state.linears[role].dequantize().double() - folded).abs()
@@ -282,14 +303,22 @@ def test_ln_matrix_and_shift_cost_what_they_keep(tiny_llama, tokens) -> None:
         "query_key": (0, True),
     }
     integers = sum(linear.stored_bits for linear in state.linears.values())
-    assert state.weight_bits == integers + 16 * (hidden + kv + kv + hidden + mlp + mlp)  # biases of q k v o gate up
+    assert state.weight_bits == integers + 16 * (
+        hidden + kv + kv + hidden + mlp + mlp
+    )  # biases of q k v o gate up
     kept = [*state.rest.norm_matrix.values(), *state.rest.norm_bias.values(), *state.rest.bias.values()]
-    assert 16 * sum(t.numel() for t in kept if t is not None) == 2 * at_run_time + state.weight_bits - integers
+    assert (
+        16 * sum(t.numel() for t in kept if t is not None) == 2 * at_run_time + state.weight_bits - integers
+    )
 
 
 @pytest.mark.parametrize(("truncate", "small"), [("diagonal", 1e-4), ("all", 1e-2)])
-def test_truncate_keeps_the_diagonal_or_every_moved_entry_from_zero(tiny_llama, tokens, truncate, small) -> None:
-    transform = next(t for t in planned(tiny_llama, tokens, "W3A16", truncate=truncate).transforms if t.kind == "matrix")
+def test_truncate_keeps_the_diagonal_or_every_moved_entry_from_zero(
+    tiny_llama, tokens, truncate, small
+) -> None:
+    transform = next(
+        t for t in planned(tiny_llama, tokens, "W3A16", truncate=truncate).transforms if t.kind == "matrix"
+    )
     with torch.no_grad():
         transform.matrix[0, 0, 0], transform.matrix[0, 1, 1] = 1e-5, -1e-5
         transform.matrix[0, 0, 5], transform.matrix[0, 5, 0] = 1e-4, -1e-4

@@ -48,7 +48,15 @@ def test_presets_are_the_published_recipes(build_tiny, family, scheme, recipe) -
 
 
 def test_an_option_that_is_given_wins_over_the_preset(build_tiny) -> None:
-    given = {"let": True, "shift": True, "epochs": 3, "let_lr": 1e-3, "alpha": 0.9, "aug_loss": False, "lwc": False}
+    given = {
+        "let": True,
+        "shift": True,
+        "epochs": 3,
+        "let_lr": 1e-3,
+        "alpha": 0.9,
+        "aug_loss": False,
+        "lwc": False,
+    }
     options = resolved(spec_of(build_tiny("llama")), "W2A16", **given).model_dump()
     assert {name: options[name] for name in given} == given
 
@@ -78,7 +86,9 @@ def test_scales_and_shifts_start_at_the_formula(build_tiny, tokens, family, inde
         for window in x[1:]:
             centre = 0.99 * centre + 0.01 * (window.amax(0) + window.amin(0)) / 2
         if name == "value_out":  # shared by the query heads of a group
-            a, w, centre = (v.reshape(spec.n_kv_heads, -1, spec.head_dim).amax(1).reshape(-1) for v in (a, w, centre))
+            a, w, centre = (
+                v.reshape(spec.n_kv_heads, -1, spec.head_dim).amax(1).reshape(-1) for v in (a, w, centre)
+            )
         assert torch.allclose(transform.scale.reshape(-1), a**alpha / w ** (1 - alpha), rtol=1e-4)
         if family == "opt":
             assert torch.allclose(transform.shift, centre, rtol=1e-4, atol=1e-6)
@@ -95,10 +105,14 @@ def test_clipping_starts_at_sigmoid_of_4_with_a_logit_per_group(tiny_llama, toke
         assert bool((upper == 4).all()) and bool((lower == 4).all())
 
 
-@pytest.mark.parametrize(("aug_loss", "loss"), [(True, mse_with_auxiliary), (False, mse)], ids=["auxiliary", "plain"])
+@pytest.mark.parametrize(
+    ("aug_loss", "loss"), [(True, mse_with_auxiliary), (False, mse)], ids=["auxiliary", "plain"]
+)
 def test_the_auxiliary_loss_asks_for_its_target(tiny_llama, tokens, aug_loss, loss) -> None:
     view = view_of(tiny_llama, tokens, "W4A4")
-    training = resolved(view.spec, "W4A4", aug_loss=aug_loss, let_lr=0.25, lwc_lr=0.5, epochs=7).plan(view).training
+    training = (
+        resolved(view.spec, "W4A4", aug_loss=aug_loss, let_lr=0.25, lwc_lr=0.5, epochs=7).plan(view).training
+    )
     assert training.loss is loss and training.same_input_target == aug_loss
     assert (training.epochs, training.transform_lr, training.clipping_lr) == (7, 0.25, 0.5)
 
@@ -174,7 +188,9 @@ def test_the_published_query_key_form_is_untied_and_noted(tiny_llama, tiny_opt, 
 
 
 def test_one_epoch_works_and_trains(tiny_llama, tokens) -> None:
-    (result,) = reconstruct_lanes(tiny_llama, tokens[:2], [make_lane(tiny_llama, "omniquant", "W4A4", epochs=1)])
+    (result,) = reconstruct_lanes(
+        tiny_llama, tokens[:2], [make_lane(tiny_llama, "omniquant", "W4A4", epochs=1)]
+    )
     for i, record in enumerate(result.records):
         assert len(record.losses) == 1 and record.losses[0] > 0
         logits = result.state(i).learned["clipping.upper.q"]
@@ -192,11 +208,12 @@ def test_weight_only_with_group_sizes(tiny_llama, tokens, scheme, groups) -> Non
 
 
 def test_codes_are_rounded_over_the_learned_ranges(tiny_llama, tokens) -> None:
-    (result,) = reconstruct_lanes(tiny_llama, tokens[:2], [make_lane(tiny_llama, "omniquant", "W3A16", epochs=2)])
+    lane = make_lane(tiny_llama, "omniquant", "W3A16", epochs=2, lwc_lr=0.5)
+    (result,) = reconstruct_lanes(tiny_llama, tokens[:2], [lane])
     state, weight = result.state(0), blocks_of(tiny_llama)[0].mlp.up_proj.weight.detach()
     upper, lower = (state.learned[f"clipping.{end}.up"].sigmoid() for end in ("upper", "lower"))
     high, low = weight.amax(1, keepdim=True) * upper, weight.amin(1, keepdim=True) * lower
     scale = ((high - low) / 7).half().float()
     codes = ((weight / scale).round() + (-low / scale).round()).clamp(0, 7)
     assert torch.equal(state.linears["up"].codes.float(), codes)
-    assert float((state.learned["clipping.upper.up"] - 4).abs().max()) > 5e-3
+    assert float(upper.max() - upper.min()) > 0.01  # the ranges have moved

@@ -27,9 +27,16 @@ def naive_codes(row: np.ndarray, bits: int, symmetric: bool) -> tuple[np.ndarray
 @pytest.mark.parametrize("family", ["llama", "opt"])
 @pytest.mark.parametrize(
     ("scheme", "bits", "size", "symmetric"),
-    [("W4A16", 4, None, False), ("W3A16g16", 3, 16, False), ("W2A4g8", 2, 8, False), ("W8A8-sym", 8, None, True)],
+    [
+        ("W4A16", 4, None, False),
+        ("W3A16g16", 3, 16, False),
+        ("W2A4g8", 2, 8, False),
+        ("W8A8-sym", 8, None, True),
+    ],
 )
-def test_codes_are_the_formula_group_by_group(build_tiny, tokens, family, scheme, bits, size, symmetric) -> None:
+def test_codes_are_the_formula_group_by_group(
+    build_tiny, tokens, family, scheme, bits, size, symmetric
+) -> None:
     model = build_tiny(family)
     (result,) = reconstruct_lanes(model, tokens[:1], [make_lane(model, "rtn", scheme)])
     for i, block in enumerate(blocks_of(model)):

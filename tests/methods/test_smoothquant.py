@@ -55,12 +55,16 @@ def test_the_fold_is_the_formula_in_every_block(build_tiny, tokens, family, alph
             ("mlp_in", "mlp_norm", ("gate", "up") if family == "llama" else ("fc1",)),
         ):
             weights = [block.get_submodule(spec.linears[role]).weight.detach() for role in consumers]
-            scale = equation_4(inputs[i][consumers[0]], weights, alpha)  # the full-precision path's activations
+            scale = equation_4(
+                inputs[i][consumers[0]], weights, alpha
+            )  # the full-precision path's activations
             norm = block.get_submodule(spec.norms[norm_name])
             assert torch.allclose(state.rest.norm_weight[norm_name], norm.weight / scale, rtol=1e-4)
             assert torch.allclose(state.learned[f"{name}.scale"].reshape(-1), scale, rtol=1e-4)
             if family == "opt":
-                assert torch.allclose(state.rest.norm_bias[norm_name], norm.bias / scale, rtol=1e-4, atol=1e-7)
+                assert torch.allclose(
+                    state.rest.norm_bias[norm_name], norm.bias / scale, rtol=1e-4, atol=1e-7
+                )
             for role, weight in zip(consumers, weights, strict=True):
                 step = state.linears[role].scale.float()
                 assert bool(((state.linears[role].dequantize() - weight * scale).abs() < 0.6 * step).all())
@@ -115,7 +119,9 @@ def test_with_outliers_the_error_is_well_below_rtns(build_tiny, tokens, family) 
     assert smooth < 0.7 * rtn
 
 
-@pytest.mark.parametrize(("family", "alpha"), [("llama", 0.8), ("mistral", 0.8), ("qwen2", 0.8), ("opt", 0.5)])
+@pytest.mark.parametrize(
+    ("family", "alpha"), [("llama", 0.8), ("mistral", 0.8), ("qwen2", 0.8), ("opt", 0.5)]
+)
 def test_alpha_is_preset_by_family_unless_given(build_tiny, family, alpha) -> None:
     spec, scheme = spec_of(build_tiny(family)), Scheme.parse("W4A4")
     assert SmoothQuant().resolve(scheme, spec).alpha == alpha
@@ -125,7 +131,9 @@ def test_alpha_is_preset_by_family_unless_given(build_tiny, family, alpha) -> No
 
 def test_a_site_that_does_not_preserve_the_function_is_refused(build_tiny) -> None:
     model = build_tiny("opt", activation_function="gelu")
-    with pytest.raises(UnsupportedSchemeError, match=re.escape("between fc1 and fc2 does not commute with a scale")):
+    with pytest.raises(
+        UnsupportedSchemeError, match=re.escape("between fc1 and fc2 does not commute with a scale")
+    ):
         SmoothQuant(sites=["mlp_out"]).check(Scheme.parse("W4A4"), spec_of(model))
 
 
