@@ -10,60 +10,12 @@ import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "grey",
-    "wolves",
-    "sing",
-    "under",
-    "old",
-    "stone",
-    "bridges",
-    "and",
-    "rain",
-    "falls",
-    "on",
-    "green",
-    "hills",
-    "where",
-    "nobody",
-    "counts",
-    "apples",
-    "pears",
-    "plums",
-    "or",
-    "silver",
-    "coins",
-    "before",
-    "winter",
-    "comes",
-    "again",
-    "with",
-    "long",
-    "nights",
-    "cold",
-    "rivers",
-    "bright",
-    "stars",
-    "quiet",
-    "roads",
-    "empty",
-    "fields",
-    "warm",
-    "bread",
-    "good",
-    "books",
-]
+TEXT = """
+the quick brown fox jumps over a lazy dog while seven grey wolves sing under old stone bridges and rain falls on green
+hills where nobody counts apples pears plums or silver coins before winter comes again with long nights cold rivers
+bright stars quiet roads empty fields warm bread good books
+"""
+WORDS = TEXT.split()
 
 
 def text(n_words: int, seed: int = 0) -> str:

@@ -251,7 +251,8 @@ def reconstruct(
                 continue
             if not done:
                 assert state.record is not None
-                state.record = _with_errors(state.record, stream, prepared, outputs, fp_outputs, started)
+                used = stream.in_bfloat16() if FELL_BACK in state.record.extras else stream
+                state.record = _with_errors(state.record, used, prepared, outputs, fp_outputs, started)
             q_inputs[i] = outputs
             results[i].add(index, state, fresh=not done)
             results[i].seconds += results[i].records[-1].seconds
@@ -260,7 +261,7 @@ def reconstruct(
                 results[i].peak_gpu_bytes = max(peak, results[i].peak_gpu_bytes or 0)
             listener.block_end(lane.name, results[i].records[-1])
         stream.inputs = fp_outputs
-        del prepared, base, observer, work  # before the next block is prepared
+        prepared = base = observer = work = None  # type: ignore[assignment]  # before the next block is prepared
     return results
 
 

@@ -18,7 +18,7 @@ class EngineSettings:
     Attributes:
         device: Where one block at a time is computed.
         autocast: Half-precision type of the block's products, or None for float32. Targets, training and
-            propagation all use it, but for 8-bit operands (see `autocast_for`).
+            propagation all use it.
         batch_size: Windows per optimizer step.
         micro_batch: Windows per forward pass within a step; transforms and weight quantization are shared.
         placement: Where hidden states live; None chooses by free memory.

@@ -13,6 +13,7 @@ The extremes receive the scale's gradient; ties share it equally.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -23,57 +24,43 @@ from qbench.quant import uniform
 from qbench.quant.grid import Grid
 
 
-def _range(
-    low: Tensor, high: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Clipped ends (bottom, top), scale and zero point of groups [..., groups, 1]."""
-    if grid.zero_in_range:
-        low, high = low.clamp(max=0), high.clamp(min=0)
-    if upper is not None and lower is not None:
-        high, low = high * upper.unsqueeze(-1).sigmoid(), low * lower.unsqueeze(-1).sigmoid()
-    scale, zero = uniform.qparams(low, high, grid)
-    return low, high, scale, zero
+class _ClosedForm(torch.autograd.Function):
+    """The CPU path. What backward needs is kept rather than computed again: small blocks are bound by operations."""
 
-
-class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, out_dtype: torch.dtype
     ) -> Tensor:
-        ctx.grid = grid
-        ctx.fused = _fused(x, grid)
-        x = x.contiguous()
-        ctx.save_for_backward(x, upper, lower)
-        if ctx.fused is not None:
-            return ctx.fused.forward(x, upper, lower, grid, out_dtype)
         grouped = grid.split(_wide(x))
         # two reductions: torch.aminmax is 15 times slower on a CPU
         low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-        _, _, scale, zero = _range(low, high, upper, lower, grid)
-        codes = (grouped / scale).round_().add_(zero).clamp_(0, grid.qmax)
-        return codes.sub_(zero).mul_(scale).reshape(x.shape).to(out_dtype)
+        bottom, top = (low.clamp(max=0), high.clamp(min=0)) if grid.zero_in_range else (low, high)
+        su = sl = None
+        if upper is not None and lower is not None:
+            su, sl = upper.unsqueeze(-1).sigmoid(), lower.unsqueeze(-1).sigmoid()
+            bottom, top = bottom * sl, top * su
+        scale, zero = uniform.qparams(bottom, top, grid)
+        t = grouped / scale
+        rounded = t.round()
+        levels = rounded.clamp(-zero, grid.qmax - zero)  # q − z
+        if any(ctx.needs_input_grad):
+            inside = _equal(rounded, levels)
+            by_scale = torch.addcmul(levels, inside, t, value=-1)  # q − z − inside·t
+            ctx.save_for_backward(x, low, high, bottom, top, su, sl, scale, inside, by_scale)
+            ctx.grid = grid
+        return levels.mul(scale).reshape(x.shape).to(out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, upper, lower = ctx.saved_tensors
+        x, low, high, bottom, top, su, sl, scale, inside, by_scale = ctx.saved_tensors
         grid: Grid = ctx.grid
-        if ctx.fused is not None:
-            gradients = ctx.fused.backward(x, grad.contiguous(), upper, lower, grid, ctx.needs_input_grad[0])
-            return (*gradients, None, None)
-        grouped, g = grid.split(_wide(x)), grid.split(_wide(grad))
-        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-        bottom, top, scale, zero = _range(low, high, upper, lower, grid)
-
-        t = grouped / scale
-        free_codes = t.round().add_(zero)
-        codes = free_codes.clamp(0, grid.qmax)
-        inside = _equal(free_codes, codes)
-        by_scale = codes.sub_(zero).sub_(t.mul_(inside))  # q − z − inside·t
-        grad_scale = (g * by_scale).sum(-1, keepdim=True)
-        grad_scale = grad_scale * ((scale > uniform.SCALE_MIN) & (scale < uniform.SCALE_MAX))
+        g = grid.split(_wide(grad))
+        grad_scale = by_scale.mul_(g).sum(-1, keepdim=True)
+        at_limit = (scale <= uniform.SCALE_MIN).logical_or_(scale >= uniform.SCALE_MAX)
+        grad_scale.masked_fill_(at_limit, 0)
         if grid.symmetric:
-            grad_scale = grad_scale / (grid.mid - 1)
+            grad_scale /= grid.mid - 1
             share = torch.where(top.abs() == bottom.abs(), 0.5, (top.abs() > bottom.abs()).to(top.dtype))
             grad_top, grad_bottom = grad_scale * share * top.sign(), grad_scale * (1 - share) * bottom.sign()
         else:
@@ -81,8 +68,7 @@ class _FakeQuantize(torch.autograd.Function):
             grad_bottom = -grad_top
 
         grad_upper = grad_lower = None
-        if upper is not None and lower is not None:  # top = σ(u)·high, so ∂top/∂u = top·(1 − σ(u))
-            su, sl = upper.unsqueeze(-1).sigmoid(), lower.unsqueeze(-1).sigmoid()
+        if su is not None:  # top = σ(u)·high, so ∂top/∂u = top·(1 − σ(u))
             grad_upper = (grad_top * top * (1 - su)).squeeze(-1)
             grad_lower = (grad_bottom * bottom * (1 - sl)).squeeze(-1)
             grad_top, grad_bottom = grad_top * su, grad_bottom * sl
@@ -90,23 +76,46 @@ class _FakeQuantize(torch.autograd.Function):
             return None, grad_upper, grad_lower, None, None
 
         if grid.zero_in_range:  # a widened end is the constant 0 and passes nothing on
-            grad_top, grad_bottom = grad_top * (high >= 0), grad_bottom * (low <= 0)
-        grad_x = g * inside
+            grad_top, grad_bottom = grad_top.masked_fill(high < 0, 0), grad_bottom.masked_fill(low > 0, 0)
+        grouped = grid.split(_wide(x))
+        grad_x = inside.mul_(g)
         for extreme, incoming in ((high, grad_top), (low, grad_bottom)):
             at = _equal(grouped, extreme)
             grad_x.addcmul_(at, incoming / at.sum(-1, keepdim=True))
         return grad_x.reshape(x.shape).to(x.dtype), grad_upper, grad_lower, None, None
 
 
-def _fused(x: Tensor, grid: Grid) -> Any:
-    """The module of fused kernels where they apply: on a GPU with Triton, and not in float64."""
-    if not x.is_cuda or x.dtype == torch.float64 or (grid.group_size or x.shape[-1]) > 32768:
-        return None
-    try:
+class _Fused(torch.autograd.Function):
+    """The GPU path: one kernel each way, nothing kept but the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, out_dtype: torch.dtype
+    ) -> Tensor:
         from qbench.quant import fake_triton
-    except ImportError:
-        return None
-    return fake_triton
+
+        x = x.contiguous()
+        ctx.save_for_backward(x, upper, lower)
+        ctx.grid = grid
+        return fake_triton.forward(x, upper, lower, grid, out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from qbench.quant import fake_triton
+
+        x, upper, lower = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0]
+        return (*fake_triton.backward(x, grad.contiguous(), upper, lower, ctx.grid, wanted), None, None)
+
+
+def _path(x: Tensor, grid: Grid) -> type[torch.autograd.Function]:
+    """Fused kernels where they apply: on a GPU with Triton, not in float64, and for groups that fit its registers."""
+    if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return _ClosedForm
+    from qbench.quant import fake_triton
+
+    return _Fused if (grid.group_size or x.shape[-1]) <= fake_triton.MAX_GROUP else _ClosedForm
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
@@ -141,7 +150,7 @@ def fake_quantize(
     Returns:
         Values on the grid, in the shape of x.
     """
-    return _FakeQuantize.apply(x, upper, lower, grid, out_dtype or x.dtype)
+    return _path(x, grid).apply(x, upper, lower, grid, out_dtype or x.dtype)
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ REFUSED = [
     ),
     pytest.param(
         "opt", "affinequant", "W3A16", {"epochs": 1},
-        "full matrices remain after the norms at run time (--no-use-ln-matrix folds everything)", id="opt-norm matrices",
+        "full matrices remain after the norms at run time (--no-use-ln-matrix folds everything)",
+        id="opt-norm matrices",
     ),
     pytest.param(
         "llama", "affinequant", "W4A4", {"epochs": 1},

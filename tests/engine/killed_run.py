@@ -1,4 +1,4 @@
-"""A run for `test_reconstruct` to kill: `python killed_run.py FOLDER BLOCK` says "ready" inside BLOCK and waits there."""
+"""A run for `test_reconstruct` to kill: `killed_run.py FOLDER BLOCK` says "ready" inside BLOCK and waits there."""
 
 from __future__ import annotations
 

@@ -92,17 +92,16 @@ def test_an_option_that_is_given_wins_over_the_preset(build_tiny) -> None:
     assert {name: options[name] for name in given} == given
 
 
+DIAGONALS = {"attn_in": "diagonal", "mlp_in": "diagonal", "value_out": "matrix"}
+MATRICES = {"attn_in": "matrix", "mlp_in": "matrix", "value_out": "matrix"}
 KINDS = [
-    ("llama", "W3A16", {}, {"attn_in": "matrix", "mlp_in": "matrix", "value_out": "matrix", "query_key": "diagonal"}),
-    ("llama", "W4A4", {}, {"attn_in": "diagonal", "mlp_in": "diagonal", "value_out": "matrix", "query_key": "rotation"}),
-    (
-        "llama", "W4A4", {"query_key": "published"},
-        {"attn_in": "diagonal", "mlp_in": "diagonal", "value_out": "matrix", "query_key": "matrix"},
-    ),
-    ("opt", "W3A16", {}, {"attn_in": "matrix", "mlp_in": "matrix", "value_out": "matrix", "query_key": "diagonal"}),
-    ("opt", "W4A4", {}, {"attn_in": "diagonal", "mlp_in": "diagonal", "value_out": "matrix", "query_key": "matrix"}),
-    ("qwen3", "W4A4", {}, {"attn_in": "diagonal", "mlp_in": "diagonal", "value_out": "matrix"}),
-]  # fmt: skip
+    ("llama", "W3A16", {}, MATRICES | {"query_key": "diagonal"}),
+    ("llama", "W4A4", {}, DIAGONALS | {"query_key": "rotation"}),
+    ("llama", "W4A4", {"query_key": "published"}, DIAGONALS | {"query_key": "matrix"}),
+    ("opt", "W3A16", {}, MATRICES | {"query_key": "diagonal"}),
+    ("opt", "W4A4", {}, DIAGONALS | {"query_key": "matrix"}),
+    ("qwen3", "W4A4", {}, DIAGONALS),
+]
 
 
 @pytest.mark.parametrize(
