@@ -47,7 +47,9 @@ print("checked", checked)
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (extra `triton`)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra `triton`)"
+)
 def test_the_kernels_agree_with_the_cpu_path() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CHECK],
