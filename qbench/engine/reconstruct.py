@@ -386,7 +386,9 @@ def _describe(transform: Transform) -> TransformRecord:
     cost = transform.cost()
     return TransformRecord(
         site=transform.site.name,
-        kind=transform.kind,
+        kind=transform.kind
+        if transform.shift is None or transform.kind == "shift"
+        else f"{transform.kind} and shift",
         foldable=cost.foldable,
         function_preserving=transform.function_preserving,
         stored_bits=cost.stored_bits,
