@@ -386,9 +386,9 @@ def _describe(transform: Transform) -> TransformRecord:
     cost = transform.cost()
     return TransformRecord(
         site=transform.site.name,
-        kind=transform.kind
-        if transform.shift is None or transform.kind == "shift"
-        else f"{transform.kind} and shift",
+        kind=f"{transform.kind} and shift"
+        if transform.shift_stays and transform.kind != "shift"
+        else transform.kind,
         foldable=cost.foldable,
         function_preserving=transform.function_preserving,
         stored_bits=cost.stored_bits,

@@ -99,12 +99,13 @@ class Transform(nn.Module):
 
     def cost(self) -> TransformCost:
         """Cost after folding, for one block."""
-        if not self._shifts_rms_norm:
+        if not self.shift_stays:
             return TransformCost(True, 0, 0)
         return TransformCost(False, 16 * self.spec.hidden_size, self.spec.hidden_size)
 
     @property
-    def _shifts_rms_norm(self) -> bool:
+    def shift_stays(self) -> bool:
+        """Whether the shift leaves a bias behind an RMSNorm, which has none to absorb it."""
         return self.shift is not None and self.site.kind == "norm" and not self.spec.norm_bias
 
 
