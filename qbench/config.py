@@ -58,10 +58,14 @@ class EvalConfig(_Section):
         "evaluation split.",
     )
     seq_len: int | None = Field(
-        None, ge=2, description="Tokens per evaluation window. Default: as for calibration."
+        None,
+        ge=2,
+        description="Tokens per evaluation window. Default: as for calibration; embedded models their limit.",
     )
     limit: int | None = Field(None, ge=1, description="Score only the first windows of each dataset.")
-    batch_size: int = Field(0, ge=0, description="Windows per evaluation pass; 0 chooses by memory.")
+    batch_size: int = Field(
+        0, ge=0, description="Windows per evaluation pass; 0: about 2k tokens on a CPU, 16k on a GPU."
+    )
 
 
 class ComputeConfig(_Section):
@@ -72,7 +76,7 @@ class ComputeConfig(_Section):
     autocast: Dtype = Field("auto", description="Precision of the products while blocks are fitted.")
     batch_size: int = Field(1, ge=1, description="Samples per optimizer step.")
     micro_batch: int | None = Field(
-        None, ge=1, description="Samples per forward pass within a step. Default: by memory."
+        None, ge=1, description="Samples per forward pass within a step. Default: all of the step."
     )
     hidden_states: Literal["auto", "device", "cpu", "disk"] = Field(
         "auto", description="Where the blocks' inputs are kept."

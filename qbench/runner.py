@@ -96,14 +96,21 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     settings = _settings(config, device, loaded)
 
     listener.stage("calibration")
-    calibration, evaluations = _texts(config, loaded)
+    calibration, evaluations, notes = _texts(config, loaded)
     contract, fields = provenance.contract(
         _contract_fields(config, loaded, settings, calibration, evaluations)
     )
     store = ResultStore(config.output)
-    common = _Common(config, loaded, settings, calibration, evaluations, contract, fields, store, listener)
+    common = _Common(
+        config, loaded, settings, calibration, evaluations, contract, fields, store, listener, notes
+    )
     for lane, method in lanes:
         _attach_checkpoint(lane, method, common)
+    if config.resume is not None and not any(lane.checkpoint for lane, _ in lanes):
+        raise ConfigError(
+            f"resume={config.resume!r} holds no finished block of this request: model, tokens, method, options, "
+            "scheme, arithmetic or qbench's own code differ. Leave --resume out to begin anew."
+        )
 
     rows = [_baseline(common)]
     listener.row(rows[0])
@@ -142,6 +149,7 @@ class _Common:
     fields: dict[str, Any]
     store: ResultStore
     listener: Listener
+    notes: Sequence[str]
 
 
 def _device(asked: str) -> torch.device:
@@ -205,7 +213,7 @@ def _lanes(
     return lanes
 
 
-def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, list[_Evaluation]]:
+def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, list[_Evaluation], list[str]]:
     """Calibration windows and evaluation windows, with the defaults that depend on the model."""
     embedded = loaded.name in EMBEDDED
     calibration = config.calibration
@@ -225,19 +233,24 @@ def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, list[_
     _, target = parse_dataset(source)
     text = load_text(target, "calibration")
     windows = draw_calibration(text, loaded.tokenizer, n_samples, seq_len, calibration.seed)
-    evaluations = []
+    evaluations, notes = [], []
     for spec in config.evals.datasets:
         name, target = parse_dataset(source if spec == "auto" else spec)
         evaluation_text = load_text(target, "evaluation")
         evaluations.append(_evaluation(name, evaluation_text, loaded, eval_seq_len, config.evals.limit))
-    return windows, evaluations
+        if evaluation_text.fingerprint == text.fingerprint:
+            notes.append(f"calibrated and evaluated on the same text ({name})")
+    return windows, evaluations, notes
 
 
 def _evaluation(name: str, text: Text, loaded: LoadedModel, seq_len: int, limit: int | None) -> _Evaluation:
     every = evaluation_windows(text, loaded.tokenizer, seq_len)
     windows = evaluation_windows(text, loaded.tokenizer, seq_len, limit) if limit else every
     applied = limit if len(windows.ids) < len(every.ids) else None
-    return _Evaluation(name, windows, protocol_name(name, seq_len, windows.split, applied), len(every.ids))
+    cut = "non-overlapping" if text.documents is None else "random, within documents"
+    return _Evaluation(
+        name, windows, protocol_name(name, seq_len, windows.split, applied, cut), len(every.ids)
+    )
 
 
 def _contract_fields(
@@ -362,9 +375,11 @@ def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) ->
     with quantized(loaded.model, loaded.blocks, loaded.spec, result, settings):
         metrics = _evaluate(common, lane.name)
     evaluated = time.perf_counter() - started
-    notes = method.notes(lane.scheme, loaded.spec) + list(result.notes)
-    if settings.autocast is not None and method.name != "rtn":
-        notes.append(f"blocks fitted with {str(settings.autocast).removeprefix('torch.')} products")
+    notes = method.notes(lane.scheme, loaded.spec) + list(result.notes) + list(common.notes)
+    trained = any(record.losses for record in result.records)
+    if trained and (settings.device.type == "cuda" or settings.autocast is not None):
+        arithmetic = str(settings.autocast or torch.float32).removeprefix("torch.")
+        notes.append(f"blocks fitted with {arithmetic} products")
     extra_bits = sum(t.stored_bits for block in result.transforms for t in block)
     n_weights = loaded.spec.n_weights * len(result)
     if common.config.save_dir is not None:

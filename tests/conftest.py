@@ -64,10 +64,10 @@ def _seeded() -> None:
 
 @pytest.fixture
 def shared() -> Path:
-    """Folder with `models/` and `data/`: QBENCH_SHARED, or `shared` beside the repository."""
-    folder = Path(os.environ.get("QBENCH_SHARED") or REPO.parent / "shared")
+    """Folder with `models/` and `data/`: QBENCH_REFERENCE, or `shared` beside the repository."""
+    folder = Path(os.environ.get("QBENCH_REFERENCE") or REPO.parent / "shared")
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
-        pytest.skip(f"REFERENCE DATA ABSENT: no models/ and data/ in {folder}; set QBENCH_SHARED")
+        pytest.skip(f"REFERENCE DATA ABSENT: no models/ and data/ in {folder}; set QBENCH_REFERENCE")
     return folder
 
 

@@ -357,6 +357,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(here) -> None:
     assert rows[1].metrics == expected[1].metrics and rows[1].id == expected[1].id
 
 
+def test_calibrating_on_the_evaluated_text_is_noted_in_the_row(here) -> None:
+    _, apart = here.run()
+    _, same = here.run(evals={"datasets": [f"own={here.calibration}"]})
+    assert not any("same text" in note for note in apart.notes)
+    assert any("calibrated and evaluated on the same text (own)" in note for note in same.notes)
+
+
 def test_resume_takes_the_checkpoints_of_another_folder(here) -> None:
     here.run()
     watcher = Watcher()
@@ -676,6 +683,12 @@ def test_a_corrupted_checkpoint_is_refused_and_restart_helps(here, refused, part
 def test_a_resume_folder_that_does_not_exist_is_refused(here, refused) -> None:
     assert "nowhere" in refused(resume=str(here.folder / "nowhere"))
     assert not here.output.exists()
+
+
+def test_a_resume_folder_without_a_matching_block_is_refused(here, refused) -> None:
+    here.run()
+    message = refused(resume=str(here.output), scheme="W2A16")
+    assert "holds no finished block of this request" in message
 
 
 def test_a_device_that_does_not_exist_is_refused(here, refused) -> None:

@@ -230,6 +230,7 @@ def fit(
     for transform in plan.transforms:
         transform.set_epoch(training.epochs - 1, training.epochs)
         transform.cool_down()
+        transform.guard_()  # once more before the fold, as both authors' codes do
     return report
 
 

@@ -45,10 +45,15 @@ class PerplexityResult:
         return self.value * math.sqrt(variance / n)
 
 
-def protocol_name(dataset: str, seq_len: int, split: str, limit: int | None = None) -> str:
-    """Name the protocol: `wikitext2 (2048, non-overlapping, test)`, with the limit if one was set."""
+def protocol_name(
+    dataset: str, seq_len: int, split: str, limit: int | None = None, cut: str = "non-overlapping"
+) -> str:
+    """Name the protocol: `wikitext2 (2048, non-overlapping, test)`, with the limit if one was set.
+
+    `cut` says how windows were taken from the text; C4's are random ones within documents.
+    """
     windows = "" if limit is None else f", first {limit} windows"
-    return f"{dataset} ({seq_len}, non-overlapping, {split}{windows})"
+    return f"{dataset} ({seq_len}, {cut}, {split}{windows})"
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ class AffineQuant(Method):
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
         """See `Method`."""
         notes = []
-        if self.let and self.query_key == "published" and spec.rope:
+        if self.let and self.query_key == "published" and spec.rope and "query_key" in spec.sites:
             notes.append(
                 "query_key transform in its published form, which does not preserve the function under RoPE"
             )

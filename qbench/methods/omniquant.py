@@ -89,7 +89,12 @@ class OmniQuant(Method):
 
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
         """See `Method`."""
-        if self.let and self.query_key == "published" and spec.rope and "query_key" in self.sites:
+        if (
+            self.let
+            and self.query_key == "published"
+            and spec.rope
+            and "query_key" in {*self.sites} & {*spec.sites}
+        ):
             return [
                 "query_key transform in its published form, which does not preserve the function under RoPE"
             ]

@@ -405,3 +405,19 @@ def test_an_epoch_that_newton_cannot_follow_is_repeated_with_direct_inverses(see
     direct = seeded(epochs=2).fit(warm_inverse=False)
     monkeypatch.setattr(WarmInverse, "LIMIT", 0.0)  # nothing is good enough
     assert seeded(epochs=2).fit(warm_inverse=True) == direct
+
+
+def test_the_guard_runs_once_more_before_the_fold(make, still) -> None:
+    problem = make()
+    transform = problem.plan.transforms[0]
+    seen = []
+    guard = transform.guard_
+
+    def watched() -> None:
+        seen.append(len(still.last.steps) if hasattr(still, "last") else 0)
+        guard()
+
+    transform.guard_ = watched
+    problem.fit()
+    assert seen[-1] == len(still.last.steps) == WINDOWS  # after the last step, beside once before each
+    assert len(seen) == WINDOWS + 1

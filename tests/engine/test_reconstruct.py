@@ -621,8 +621,8 @@ def peak_of(build_tiny, tokens, tmp_path) -> Callable[..., float]:
 
 
 # Copies of one block's float32 weights that exist at once. Rounding: the block as it is, folded (here in float64,
-# which counts twice), and dequantized. Training: the block, transformed, fake-quantized, the gradients of these, and two
-# that the CPU's fake quantization keeps for its backward pass.
+# which counts twice), and dequantized. Training: the block, transformed, fake-quantized, the gradients of these, and
+# two that the CPU's fake quantization keeps for its backward pass.
 MOST = [("rtn", "W4A16", {}, 5), ("smoothquant", "W4A4", {}, 5), ("affinequant", "W4A4", {"epochs": 1}, 10)]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.errors import UnsupportedSchemeError
+from qbench.methods import METHODS
 from qbench.methods.omniquant import OmniQuant
 from qbench.models.base import BlockSpec
 from qbench.scheme import Scheme
@@ -185,6 +186,13 @@ def test_the_published_query_key_form_is_untied_and_noted(tiny_llama, tiny_opt, 
     without_rope = spec_of(tiny_opt)  # there both forms are the same and legal
     assert not resolved(without_rope, "W4A4", query_key="published").notes(scheme, without_rope)
     assert OmniQuant.published_form == {"query_key": "published"}
+
+
+def test_a_published_form_that_the_model_has_no_site_for_is_not_noted(build_tiny) -> None:
+    spec, scheme = spec_of(build_tiny("qwen3")), Scheme.parse("W4A4")
+    assert not resolved(spec, "W4A4", query_key="published").notes(scheme, spec)
+    affine = METHODS.load("affinequant")(query_key="published").resolve(scheme, spec)
+    assert not any("query_key" in note for note in affine.notes(scheme, spec))
 
 
 def test_one_epoch_works_and_trains(tiny_llama, tokens) -> None:
