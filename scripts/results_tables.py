@@ -3,7 +3,8 @@
     python scripts/results_tables.py RESULTS
 
 RESULTS holds one folder per run of the two experiment files: methods-MODEL, parity-legal-MODEL and
-parity-published-MODEL for each reference model. The authors' figures are experiments/reference-authors.csv.
+parity-published-MODEL for each reference model; repeated parity runs have a suffix (parity-legal-MODEL-2) and are
+averaged. The authors' figures are experiments/reference-authors.csv.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 
 from qbench.reports.comparison import compare
 from qbench.results import Result, ResultStore
@@ -51,24 +53,33 @@ def order_report(rows: Sequence[Result]) -> list[str]:
     return sentences
 
 
+def repeats(folder: Path, name: str, method: str, scheme: str) -> list[float]:
+    """Perplexities of one cell over all folders whose name begins with `name`: a GPU's runs differ."""
+    found = [
+        perplexity(ResultStore(path).load_all(), method, scheme) for path in sorted(folder.glob(f"{name}*"))
+    ]
+    return [value for value in found if value is not None]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and with several runs their standard deviation and number."""
+    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f} ({len(values)})" if len(values) > 1 else "")
+
+
 def parity_table(folder: Path) -> list[str]:
     """The authors' figures beside both forms of ours."""
     lines = [
         "| model | method | scheme | authors' code | published form | ÷ | preserving form | ÷ | within 1% or below |",
         "|---|---|---|--:|--:|--:|--:|--:|---|",
     ]
-    stores: dict[str, list[Result]] = {}
     with AUTHORS.open() as file:
         for cell in csv.DictReader(file):
             theirs = float(cell["perplexity"])
             shown, good = [], True
             for form in ("published", "legal"):
-                name = f"parity-{form}-{cell['model']}"
-                if name not in stores:
-                    stores[name] = ResultStore(folder / name).load_all() if (folder / name).is_dir() else []
-                ours = perplexity(stores[name], cell["method"], cell["scheme"])
-                shown += [f"{ours:.2f}", f"{ours / theirs:.3f}"] if ours is not None else ["—", "—"]
-                good = good and ours is not None and ours <= TOLERANCE * theirs
+                runs = repeats(folder, f"parity-{form}-{cell['model']}", cell["method"], cell["scheme"])
+                shown += [spread(runs), f"{fmean(runs) / theirs:.3f}"] if runs else ["—", "—"]
+                good = good and bool(runs) and fmean(runs) <= TOLERANCE * theirs
             lines.append(
                 f"| {cell['model']} | {cell['method']} | {cell['scheme']} | {theirs} | {' | '.join(shown)} "
                 f"| {'yes' if good else 'no'} |"
