@@ -14,6 +14,7 @@ The extremes receive the scale's gradient; ties share it equally.
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -111,11 +112,16 @@ class _Fused(torch.autograd.Function):
 
 def _path(x: Tensor, grid: Grid) -> type[torch.autograd.Function]:
     """Fused kernels where they apply: on a GPU with Triton, not in float64, and for groups that fit its registers."""
-    if not x.is_cuda or x.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    if not x.is_cuda or x.dtype == torch.float64 or not _has_triton():
         return _ClosedForm
     from qbench.quant import fake_triton
 
     return _Fused if (grid.group_size or x.shape[-1]) <= fake_triton.MAX_GROUP else _ClosedForm
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
