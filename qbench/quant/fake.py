@@ -125,7 +125,7 @@ def _has_triton() -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
-    """1 where equal, else 0, in the dtype of a: products with a boolean tensor are ten times slower on a CPU."""
+    """1 where equal, else 0, in the dtype of a: products with a boolean tensor are several times slower on a CPU."""
     return torch.eq(a, b, out=torch.empty_like(a))
 
 
