@@ -41,6 +41,7 @@ class Metric(_Record):
         n_total: Items that there would be without a limit.
         protocol: The named protocol, such as `wikitext2 (2048, non-overlapping, test)`.
         items: One number per item in the text's order: for a perplexity the window's mean loss in nats.
+        chance: What guessing gives: for a choice among four, 0.25.
     """
 
     value: float
@@ -52,6 +53,7 @@ class Metric(_Record):
     protocol: str
     items: list[float] | None = None
     items_name: str = NLL_ITEMS
+    chance: float | None = None
 
     @property
     def log_scale(self) -> bool:
