@@ -1,4 +1,4 @@
-"""Statistics of paired scores: intervals that respect neighbouring windows and seeds, ties, and how much more would tell.
+"""Statistics of paired scores: intervals that respect neighbouring windows and seeds, ties, what more would tell.
 
 Two rows are scored on the same items, so only the difference item by item is compared. `docs/statistics.md` explains in
 plain words what comes out, with the simulation that chose these methods (`benchmarks/simulate_statistics.py`).
@@ -19,13 +19,14 @@ The lowest B frequencies hold the variance that survives averaging; their number
 B = n - 1 is exactly the ordinary t-interval. Ours: B is at least 4 where n allows, because t_1 to t_3 intervals are so
 long that small runs could say nothing.
 
-**Questions.** Items that are right or wrong are independent; the test is McNemar's exact one (Psychometrika 12, 1947,
-153-157: a binomial test on the items that only one of the two got right), the interval of the difference Bonett & Price's
-adjusted Wald (Stat. in Medicine 31, 2012: one more item of either kind), and that of one accuracy Wilson's.
+**Questions.** Items that are right or wrong are independent. The test is McNemar's exact one (Psychometrika 12, 1947,
+153-157): a binomial test on the items that only one of the two got right. The interval of the difference is Bonett &
+Price's adjusted Wald one (J. Educational and Behavioral Statistics 37(4), 2012, 479-488: as if one more item of either
+kind had been seen), and that of one accuracy Wilson's.
 
-**Seeds.** With S calibration seeds scored on the same n items, d_sw = μ + item_w + seed_s + rest_sw, and the mean's variance
-has a part that more items shrink, one that more seeds shrink, and one that both do. The first is estimated from the
-items' means over seeds, as above; the second from the seeds' means over items; the rest, which both contain, from
+**Seeds.** With S calibration seeds scored on the same n items, d_sw = μ + item_w + seed_s + rest_sw; the variance of
+the mean has a part that more items shrink, one that more seeds shrink, and one that both do. The first is estimated
+from the items' means over seeds, as above; the second from the seeds' means over items; the rest, which both hold, from
 what remains. Degrees of freedom are Satterthwaite's.
 """
 
