@@ -25,21 +25,25 @@ from qbench.engine.progress import Listener
 from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, NumericalError, UnsupportedSchemeError
+from qbench.evals.memory import peak_cpu_bytes, stored_memory
 from qbench.evaluate import (
+    Progress,
+    Scores,
     Suite,
     baseline_cache,
-    cache_metrics,
-    cached_metrics,
+    cache_scores,
+    cached_scores,
     choose_device,
+    make_suite,
     model_fingerprint,
-    peak_cpu_bytes,
+    reference_folder,
     score,
-    scored_text,
+    write_references,
 )
 from qbench.methods import METHODS
 from qbench.methods.base import Method
 from qbench.models.loading import EMBEDDED, LoadedModel, load_model
-from qbench.results import BASELINE, Cost, Metric, Result, ResultStore, require_writable
+from qbench.results import BASELINE, Cost, Result, ResultStore, recovery, require_writable
 from qbench.scheme import Scheme
 
 EMBEDDED_SAMPLES, PUBLISHED_SAMPLES = 16, 128
@@ -211,16 +215,13 @@ def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, Suite,
     _, target = parse_dataset(source)
     text = load_text(target, "calibration")
     windows = draw_calibration(text, loaded.tokenizer, n_samples, seq_len, calibration.seed)
-    texts = [
-        scored_text(source if spec == "auto" else spec, loaded.tokenizer, eval_seq_len, config.evals.limit)
-        for spec in config.evals.datasets
-    ]
+    suite = make_suite(config.evals, loaded.tokenizer, eval_seq_len, loaded.max_seq_len, source)
     notes = [
         f"calibrated and evaluated on the same text ({scored.name})"
-        for scored in texts
+        for scored in suite.texts
         if scored.fingerprint == text.fingerprint
     ]
-    return windows, Suite(texts, config.evals.batch_size), notes
+    return windows, suite, notes
 
 
 def _contract_fields(
@@ -274,31 +275,48 @@ def _attach_checkpoint(lane: Lane, method: Method, common: _Common) -> None:
     lane.checkpoint = Checkpoint(folder, key, config.restart)
 
 
-def _evaluate(common: _Common, label: str) -> dict[str, Metric]:
+def _evaluate(common: _Common, label: str) -> Scores:
     """Score the model as it is now."""
     return score(
         common.loaded.model,
         common.loaded.blocks,
         common.suite,
         common.settings.device,
-        lambda done, total: common.listener.evaluating(label, done, total),
+        _progress(common, label),
+        None if label == BASELINE else _references(common),
     )
+
+
+def _progress(common: _Common, label: str) -> Progress:
+    return lambda what, done, total: common.listener.evaluating(f"{label}, {what}", done, total)
+
+
+def _references(common: _Common) -> Path | None:
+    return reference_folder(common.store.folder, common.fields, common.suite, common.settings.device)
+
+
+def _baseline_cache(common: _Common) -> Path:
+    return baseline_cache(common.store.folder, common.fields, common.settings.device)
 
 
 def _baseline(common: _Common) -> Result:
     """Row of the full-precision model; its measurements are cached by content."""
-    cache = baseline_cache(common.store.folder, common.fields, common.settings.device)
+    cache, references, restart = _baseline_cache(common), _references(common), common.config.restart
     notes: list[str] = []
     started = time.perf_counter()
     common.listener.stage("evaluate", BASELINE)
-    metrics = {} if common.config.restart else cached_metrics(cache)
-    if not metrics:
-        metrics = _evaluate(common, BASELINE)
-        cache_metrics(cache, metrics)
+    scores = None if restart else cached_scores(cache)
+    if scores is None:
+        scores = _evaluate(common, BASELINE)
+        cache_scores(cache, scores)
+    if references is not None:
+        loaded, device = common.loaded, common.settings.device
+        progress = _progress(common, BASELINE)
+        write_references(loaded.model, loaded.blocks, common.suite, device, references, progress, restart)
     cost = Cost(
         seconds=0.0, peak_cpu_bytes=peak_cpu_bytes(), stages={"evaluate": time.perf_counter() - started}
     )
-    return _record(common, BASELINE, Scheme(16, 16), {}, metrics, 16.0, cost, notes, None)
+    return _record(common, BASELINE, Scheme(16, 16), {}, scores, 16.0, cost, notes, None)
 
 
 def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) -> Result:
@@ -307,7 +325,7 @@ def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) ->
     common.listener.stage("evaluate", lane.name)
     started = time.perf_counter()
     with quantized(loaded.model, loaded.blocks, loaded.spec, result, settings):
-        metrics = _evaluate(common, lane.name)
+        scores = _evaluate(common, lane.name)
     evaluated = time.perf_counter() - started
     notes = method.notes(lane.scheme, loaded.spec) + list(result.notes) + list(common.notes)
     trained = any(record.losses for record in result.records)
@@ -326,7 +344,7 @@ def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) ->
     )
     bits = (result.weight_bits + extra_bits) / n_weights
     options = method.model_dump(mode="json")
-    return _record(common, method.name, lane.scheme, options, metrics, bits, cost, notes, result)
+    return _record(common, method.name, lane.scheme, options, scores, bits, cost, notes, result)
 
 
 def _record(
@@ -334,13 +352,24 @@ def _record(
     method: str,
     scheme: Scheme,
     options: Mapping[str, Any],
-    metrics: dict[str, Metric],
+    scores: Scores,
     bits: float,
     cost: Cost,
     notes: list[str],
     result: LaneResult | None,
 ) -> Result:
-    compute = common.config.compute
+    compute, loaded = common.config.compute, common.loaded
+    baseline = scores if result is None else cached_scores(_baseline_cache(common))
+    n_linear = loaded.spec.n_weights * len(loaded.blocks)
+    memory = stored_memory(
+        loaded.model,
+        n_linear * bits / 8,
+        n_linear,
+        cache_bits=scheme.attention_bits[1],
+        tokens=loaded.max_seq_len,
+        simulated=result is not None,
+        **scores.peaks,
+    )
     identity = {
         "contract": common.contract,
         "method": method,
@@ -358,7 +387,7 @@ def _record(
         method=method,
         scheme=str(scheme),
         options=dict(options),
-        metrics=metrics,
+        metrics=scores.metrics,
         bits_per_weight=bits,
         cost=cost,
         contract=common.contract,
@@ -369,6 +398,9 @@ def _record(
         config=common.config.model_dump(mode="json"),
         provenance=provenance.environment(),
         calibration=common.fields["calibration"],
+        recovery=recovery(scores.metrics, baseline.metrics if baseline else {}),
+        memory=memory,
+        generations=scores.generations,
     )
     common.store.save(row)
     return row

@@ -195,7 +195,7 @@ def test_several_texts_and_a_limit(here) -> None:
         assert list(row.metrics) == ["own/perplexity", "other/perplexity"]
         own = row.metrics["own/perplexity"]
         assert (own.n, own.n_total) == (3, WINDOWS) and own.protocol.endswith("first 3 windows)")
-    assert watcher.evaluated[:2] == [("full-precision", 2, 3), ("full-precision", 3, 3)]
+    assert watcher.evaluated[:2] == [("full-precision, own", 2, 3), ("full-precision, own", 3, 3)]
 
 
 def test_the_model_in_a_run_is_not_changed_on_disk(here) -> None:

@@ -28,7 +28,7 @@ from qbench.results import Metric
 
 PAPER6 = ("piqa", "arc_easy", "arc_challenge", "boolq", "hellaswag", "winogrande")
 SETS = {"paper6": PAPER6, "hendrycksTest": ("mmlu",)}  # hendrycksTest: the papers' name for MMLU
-EMBEDDED_TASK = "stdlib"
+EMBEDDED_SPEC, EMBEDDED_TASK = "stdlib", "stdlib_choice"  # as asked for, as shown (stdlib is also a text)
 # Folders of lm-eval's task library that hold tasks not named after their folder: reading all of it takes 10 s.
 FOLDERS = {"arc_easy": "arc", "arc_challenge": "arc", "boolq": "super_glue"}
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -210,7 +210,7 @@ class _Source:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
                 f"Cannot prepare task {names}: {lines[0][:200].rstrip('. ')}. Where the hub cannot be reached, give "
-                f"local files: --tasks NAME=PATH (docs/evaluation.md), or use --tasks {EMBEDDED_TASK}."
+                f"local files: --tasks NAME=PATH (docs/evaluation.md), or use --tasks {EMBEDDED_SPEC}."
             ) from error
 
 
@@ -223,7 +223,7 @@ def _sources(spec: str) -> Iterator[_Source]:
     if equals and not Path(target).expanduser().exists():
         raise DataError(f"--tasks {spec!r}: there is no file or folder {target!r}.")
     path = Path(target).expanduser()
-    if not equals and target == EMBEDDED_TASK:
+    if not equals and target == EMBEDDED_SPEC:
         version = ".".join(map(str, sys.version_info[:2]))
         yield _Source([_local_task(EMBEDDED_TASK, questions())], f"standard library of Python {version}")
     elif path.is_file() and path.suffix == ".jsonl":
@@ -239,10 +239,11 @@ def _sources(spec: str) -> Iterator[_Source]:
 
 
 def _in_folder(folder: Path, wanted: Sequence[str] | None) -> Iterator[_Source]:
-    """Local tasks in a folder, all or those wanted; a definition goes before a plain file of questions."""
-    defined = _tasks_in(folder).all_subtasks
+    """Local tasks in a folder, all or those wanted: definitions, else the plain files of questions."""
+    manager = _tasks_in(folder)
+    defined = set(manager.all_tasks)
     files = {_task_name(path): path for path in sorted(folder.glob("*.jsonl"))}
-    available = sorted({*defined, *files})
+    available = list(manager.all_subtasks) or sorted(files)  # beside definitions, files are their data
     if not available:
         raise DataError(f"Folder {str(folder)!r} holds no tasks: .jsonl or .yaml files (docs/evaluation.md).")
     for name in available if wanted is None else wanted:
@@ -283,10 +284,10 @@ def _manager(wanted: Sequence[str | dict[str, Any]]) -> Any:
     manager = lm_eval.tasks.TaskManager()
     for name in names:
         if name not in manager.all_tasks:
-            known = [*SETS, EMBEDDED_TASK, *manager.all_tasks]
+            known = [*SETS, EMBEDDED_SPEC, *manager.all_tasks]
             raise ConfigError(
                 f"Unknown task {name!r}.{suggest(name, known)} Give a name of lm-eval's (lm-eval ls tasks), paper6, "
-                f"{EMBEDDED_TASK}, or local files as NAME=PATH."
+                f"{EMBEDDED_SPEC}, or local files as NAME=PATH."
             )
     return manager
 
