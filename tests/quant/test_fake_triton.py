@@ -21,10 +21,14 @@ from qbench.quant.grid import Grid
 generator = torch.Generator().manual_seed(0)
 def random(*shape): return torch.randn(*shape, generator=generator)
 checked = 0
-for symmetric, (group, width), zero, bits in itertools.product(
-    (False, True), ((None, 40), (16, 48), (None, 4100)), (False, True), (2, 4)
-):
-    grid = Grid(bits, symmetric, group, zero)
+cases = [
+    (symmetric, *size, zero, bits, False)
+    for symmetric, size, zero, bits in itertools.product(
+        (False, True), ((None, 40), (16, 48), (None, 4100)), (False, True), (2, 4)
+    )
+] + [(False, 16, 48, zero, 2, True) for zero in (False, True)]  # bit-balanced
+for symmetric, group, width, zero, bits, extra in cases:
+    grid = Grid(bits, symmetric, group, zero, extra)
     x = random(5, width) + (0 if zero else 3)
     x[0, :4] = x[0, 4]          # ties
     x[1, 0] = x[1].max()
@@ -58,4 +62,4 @@ def test_the_kernels_agree_with_the_cpu_path() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["checked", str(24 * (2 + 4))]
+    assert done.stdout.split() == ["checked", str(26 * (2 + 4))]
