@@ -287,6 +287,8 @@ class Compensation(Transform):
     def apply_to(self, tensors: BlockTensors) -> None:
         """See `Transform`."""
         role = self.site.producer
+        tensors.settle_rows(role)
+        tensors.settle_columns(role)
         tensors.weight[role] = tensors.weight[role] + self.a @ self.b
 
 
@@ -295,12 +297,15 @@ def _push_from_zero(x: Tensor) -> None:
     x.copy_(torch.where(x.abs() < GUARD_MIN, x.sign() * GUARD_MIN, x))
 
 
-def apply_all(base: BlockTensors, transforms: Sequence[Transform]) -> BlockTensors:
-    """Tensors of the block after all transforms, in order; `base` is left as it was."""
+def apply_all(base: BlockTensors, transforms: Sequence[Transform], *, settle: bool = True) -> BlockTensors:
+    """Tensors of the block after all transforms, in order; `base` is left as it was.
+
+    Without `settle` diagonal factors of weights may be left pending (`BlockTensors.row_scale`).
+    """
     tensors = base.copy()
     for transform in transforms:
         transform.apply_to(tensors)
-    return tensors
+    return tensors.settle() if settle else tensors
 
 
 def fold(base: BlockTensors, transforms: Sequence[Transform]) -> BlockTensors:
