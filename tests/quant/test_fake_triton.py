@@ -21,11 +21,14 @@ from qbench.quant.grid import Grid
 generator = torch.Generator().manual_seed(0)
 def random(*shape): return torch.randn(*shape, generator=generator)
 checked = 0
-for symmetric, (group, width), zero in itertools.product(
-    (False, True), ((None, 24), (16, 48), (None, 75)), (False, True)
-):
-    bits = 2 if symmetric == zero else 4
-    grid = Grid(bits, symmetric, group, zero)
+cases = [
+    (symmetric, *size, zero, 2 if symmetric == zero else 4, False)
+    for symmetric, size, zero in itertools.product(
+        (False, True), ((None, 24), (16, 48), (None, 75)), (False, True)
+    )
+] + [(False, 16, 48, zero, 2, True) for zero in (False, True)]  # bit-balanced
+for symmetric, group, width, zero, bits, extra in cases:
+    grid = Grid(bits, symmetric, group, zero, extra)
     x = random(5, width) + (0 if zero else 3)
     x[0, :4] = x[0, 4]          # ties
     x[1, 0] = x[1].max()
@@ -68,4 +71,4 @@ def test_the_kernels_agree_with_the_cpu_path() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["checked", str(12 * (2 + 4 + 3 + 4 + 5 + 4 + 5))]
+    assert done.stdout.split() == ["checked", str(14 * (2 + 4 + 3 + 4 + 5 + 4 + 5))]
