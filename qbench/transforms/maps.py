@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TENSOR_CORE_ELEMENTS = 1 << 20
+GRADIENT_DTYPE = torch.bfloat16  # of products in a backward pass where `_large`
 
 
 class _Inverse(torch.autograd.Function):
@@ -35,9 +36,10 @@ class _Inverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
-        transposed = inverse.mT
-        with tensor_cores(inverse):
-            return -(transposed @ grad @ transposed), None
+        if _large(inverse):
+            transposed = inverse.mT.to(GRADIENT_DTYPE)
+            return -(transposed @ grad.to(GRADIENT_DTYPE) @ transposed).to(grad.dtype), None
+        return -(inverse.mT @ grad @ inverse.mT), None
 
 
 class WarmInverse:
@@ -80,7 +82,10 @@ class WarmInverse:
         with tensor_cores(matrix):
             for _ in range(self.iterations):
                 defect = self.identity - scaled @ y
-                y = y + y @ defect
+                if _large(matrix):  # the defect is small, so its product needs few digits
+                    y = y + (y.to(GRADIENT_DTYPE) @ defect.to(GRADIENT_DTYPE)).float()
+                else:
+                    y = y + y @ defect
         self.residual.copy_(torch.maximum(self.residual, defect.abs().sum(-1).amax()))
         self.scaled_inverse.copy_(y)
         return y * columns.mT * rows.mT
@@ -90,16 +95,27 @@ class WarmInverse:
 def tensor_cores(operand: Tensor) -> Iterator[None]:
     """TF32 products for large operands on a GPU: 7 times faster at 4096, relative error 3e-4; folds use float64."""
     allowed = torch.backends.cuda.matmul.allow_tf32
-    large = operand.is_cuda and operand.numel() >= TENSOR_CORE_ELEMENTS
-    torch.backends.cuda.matmul.allow_tf32 = allowed or large
+    torch.backends.cuda.matmul.allow_tf32 = allowed or _large(operand)
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+def _large(operand: Tensor) -> bool:
+    """Whether products with it are bound by arithmetic: on a GPU, from a million elements on."""
+    return operand.is_cuda and operand.numel() >= TENSOR_CORE_ELEMENTS and operand.dtype == torch.float32
+
+
+def _gradient_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """a @ b for a backward pass: the incoming gradient comes out of half-precision products anyway."""
+    if _large(_larger(a, b)):
+        return (a.to(GRADIENT_DTYPE) @ b.to(GRADIENT_DTYPE)).to(like.dtype)
+    return a @ b
+
+
 class _Product(torch.autograd.Function):
-    """a @ b for matrices or batches of them, all three products under `tensor_cores`."""
+    """a @ b for matrices or batches of them, under `tensor_cores`; its backward in half precision where that pays."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -111,9 +127,8 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        with tensor_cores(_larger(a, b)):
-            grad_a = grad @ b.mT if ctx.needs_input_grad[0] else None
-            grad_b = a.mT @ grad if ctx.needs_input_grad[1] else None
+        grad_a = _gradient_product(grad, b.mT, a) if ctx.needs_input_grad[0] else None
+        grad_b = _gradient_product(a.mT, grad, b) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b
 
 
@@ -154,6 +169,11 @@ class Diagonal:
     """A = diag(scale), scale [groups, width]."""
 
     scale: Tensor
+
+    @property
+    def factors(self) -> Tensor:
+        """The diagonal over all channels, [groups·width]."""
+        return self.scale.reshape(-1)
 
     def undo_rows(self, x: Tensor) -> Tensor:
         """x / scale."""
