@@ -82,7 +82,9 @@ class Exclusion(_Frozen):
 class ExecutorConfig(_Frozen):
     """Where the cells are computed."""
 
-    kind: Literal["local", "ray"] = Field("local", description="local: processes of this machine. ray: a cluster.")
+    kind: Literal["local", "ray"] = Field(
+        "local", description="local: processes of this machine. ray: a cluster."
+    )
     workers: int | None = Field(
         None, ge=1, description="Groups of cells computed at once. Default: one per GPU, else one."
     )
@@ -90,7 +92,9 @@ class ExecutorConfig(_Frozen):
         None, description="ray: a cluster's address, or auto. Default: one is started on this machine."
     )
     cpus: float | None = Field(None, gt=0, description="ray: CPUs per worker. Default: this machine's share.")
-    gpus: float | None = Field(None, ge=0, description="ray: GPUs per worker. Default: 1 where there are any.")
+    gpus: float | None = Field(
+        None, ge=0, description="ray: GPUs per worker. Default: 1 where there are any."
+    )
     memory_gib: float | None = Field(None, gt=0, description="ray: memory to reserve per worker.")
     retries: int = Field(2, ge=0, description="ray: how often a worker that died is replaced.")
 
@@ -101,7 +105,9 @@ class SweepConfig(_Frozen):
     models: list[ModelRequest] = Field([ModelRequest(name="tiny-llama")], min_length=1)
     methods: list[MethodRequest] = Field([], description="Methods of the grid.")
     schemes: list[str] = Field([], description="Schemes of the grid.")
-    seeds: list[int] = Field([], description="Calibration seeds; a number N stands for seed, seed + 1, … N of them.")
+    seeds: list[int] = Field(
+        [], description="Calibration seeds; a number N stands for seed, seed + 1, … N of them."
+    )
     cells: list[CellRequest] = Field([], description="Cells by themselves, after those of the grid.")
     exclude: list[Exclusion] = Field([], description="Cells of the grid to leave out.")
     calibration: CalibrationConfig = CalibrationConfig()
@@ -206,7 +212,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     included = content.pop("include", [])
     names = [included] if isinstance(included, str) else included
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"include in {str(path)!r} is {included!r:.60}; write a file name or a list of them.")
+        raise ConfigError(
+            f"include in {str(path)!r} is {included!r:.60}; write a file name or a list of them."
+        )
     whole: dict[str, Any] = {}
     for name in names:
         whole = _merged(whole, _read(path.parent / name, (*above, path.resolve())))
