@@ -82,7 +82,7 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
         listener: Told of progress and of each finished row.
 
     Returns:
-        Rows in the order baseline, then scheme by scheme in the order of the methods; so for each calibration seed.
+        Rows in the order baseline, then seed by seed, scheme by scheme in the order of the methods.
         Each is also in the store.
 
     Raises:
@@ -99,7 +99,7 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
         if config.seeds > 1:
             listener.note(f"calibration seed {seed}")
         done = run_pass(config.at_seed(seed), wanted, listener, loaded)
-        rows += [done.baseline, *done.rows.values()]
+        rows += [done.baseline, *done.rows.values()] if not rows else done.rows.values()
         errors += done.errors.values()
     if errors:
         finished = (
@@ -440,6 +440,9 @@ def _contract_fields(
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "calibration": {
             "dataset": calibration.dataset,
+            "text": calibration.text_fingerprint,
+            "drawn": calibration.scheme_note,
+            "seed": config.calibration.seed,
             "tokens": calibration.fingerprint,
             "n_samples": len(calibration.ids),
             "seq_len": calibration.ids.shape[1],
@@ -558,7 +561,9 @@ def _row_id(common: _Common, method: str, scheme: Scheme, options: Mapping[str, 
         "method": method,
         "options": dict(options),
         "scheme": str(scheme),
+        # Nothing of the full-precision row depends on these: with several seeds it is still one record.
         "batch_size": common.config.compute.batch_size if trained else None,
+        "calibration": provenance.calibration_fingerprint(common.fields) if trained else None,
     }
     return provenance.sha256_json(identity)
 
@@ -593,7 +598,7 @@ def _record(
         blocks=result.records if result is not None else [],
         config=request.model_dump(mode="json", exclude=PLACES),  # where files lie changes no number
         provenance=provenance.environment(),
-        calibration={**common.fields["calibration"], "seed": common.config.calibration.seed},
+        calibration=common.fields["calibration"],
         codes=result.codes if result is not None else None,
     )
     common.store.save(row)

@@ -221,7 +221,6 @@ def test_the_same_request_gives_the_same_row_elsewhere(here) -> None:
     ("section", "change"),
     [
         ("calibration", {"n_samples": 4}),
-        ("calibration", {"seed": 3}),
         ("calibration", {"seq_len": 16}),
         ("evals", {"limit": 2}),
         ("evals", {"seq_len": 16}),
@@ -237,6 +236,16 @@ def test_whatever_is_not_the_method_is_in_the_contract(here, section, change) ->
     first = here.run()
     second = here.run(**{section: request.get(section, {}) | change})
     assert first[1].contract != second[1].contract and first[1].id != second[1].id
+
+
+def test_another_seed_is_another_row_of_the_same_contract(here) -> None:
+    request = here.request()
+    first = here.run()
+    second = here.run(calibration=request["calibration"] | {"seed": 3})
+    assert first[0].id == second[0].id  # the full-precision model has not changed
+    assert first[1].contract == second[1].contract and first[1].id != second[1].id
+    assert first[1].calibration["tokens"] != second[1].calibration["tokens"]
+    assert [row.calibration["seed"] for row in (first[1], second[1])] == [2, 3]
 
 
 def test_two_batch_sizes_are_two_runs(here) -> None:
@@ -478,7 +487,11 @@ def test_seeds_repeat_the_quantization_and_load_the_model_once(here, scored) -> 
     rows = here.run(watcher, methods=TRAINED[2:3], seeds=3)
     quantized = [row for row in rows if row.method == "omniquant"]
     assert [row.calibration["seed"] for row in quantized] == [2, 3, 4]
-    assert len({row.codes for row in quantized}) == 3 == len({row.contract for row in rows})
+    assert (
+        len(rows) == 4
+        and len({row.codes for row in quantized}) == 3
+        and len({row.contract for row in rows}) == 1
+    )
     assert watcher.stages.count("load") == 1 and scored.count("full-precision") == 1
     seeded = here.request()["calibration"] | {"seed": 3}
     alone = here.run(methods=TRAINED[2:3], calibration=seeded, output=str(here.folder / "alone"))

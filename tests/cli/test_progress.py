@@ -90,7 +90,7 @@ def test_plain_lines() -> None:
     ]
     assert lines[9] == "[  6.0s] note: attention logits overflow float16"
     assert re.fullmatch(r"\[  6\.0s\] done: affinequant W4A4  wikitext2 perplexity \d+\.\d\d", lines[10])
-    assert len(lines) == 11
+    assert len(lines) == 13
 
 
 def test_a_long_evaluation_does_not_flood_a_log() -> None:
