@@ -231,10 +231,21 @@ def _backward(
             valid, QMAX, MID, SYM, ZERO, CLIP,
         )  # fmt: skip
         if WANT_X or SCALE_ROWS or SCALE_COLUMNS:
-            at_high = tl.where(inside & (x == high[:, None]), 1.0, 0.0)
-            at_low = tl.where(inside & (x == low[:, None]), 1.0, 0.0)
-            grad_x = g * on_grid + at_high * (grad_high / tl.maximum(tl.sum(at_high, 1), 1.0))[:, None]
-            grad_x += at_low * (grad_low / tl.maximum(tl.sum(at_low, 1), 1.0))[:, None]  # ties share it
+            grad_high = grad_high / tl.maximum(
+                tl.sum(tl.where(inside & (x == high[:, None]), 1.0, 0.0), 1), 1.0
+            )
+            grad_low = grad_low / tl.maximum(tl.sum(tl.where(inside & (x == low[:, None]), 1.0, 0.0), 1), 1.0)
+            if SCALE_COLUMNS:  # once more out of the cache: registers are needed for the column sums
+                base = tl.load(x_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(
+                    tl.float32
+                )
+                g = tl.load(grad_ptr + at, mask=inside, other=0.0, eviction_policy="evict_first").to(
+                    tl.float32
+                )
+                x = _factor(base, r, c, SCALE_ROWS, SCALE_COLUMNS)
+                t, level, on_grid = _levels(x, scale, zero, QMAX)
+            grad_x = g * on_grid + tl.where(x == high[:, None], grad_high[:, None], 0.0)
+            grad_x = tl.where(inside, grad_x + tl.where(x == low[:, None], grad_low[:, None], 0.0), 0.0)
             if SCALE_ROWS:
                 row_sum = tl.sum(_factor(grad_x * base, r, c, False, SCALE_COLUMNS), 1)
                 tl.store(grad_row_ptr + group * n_rows + row, row_sum, mask=valid)
