@@ -40,11 +40,15 @@ class PreparedLinear(nn.Module):
         self.register_buffer("bias", None)
         self.input_grid: Grid | None = None
 
+    def operand(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with when x arrives."""
+        if self.input_grid is None:
+            return x
+        return fake_quantize(x, self.input_grid, out_dtype=product_dtype(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        if self.input_grid is not None:
-            x = fake_quantize(x, self.input_grid, out_dtype=product_dtype(x))
-        return functional.linear(x, self.weight, self.bias)
+        return functional.linear(self.operand(x), self.weight, self.bias)
 
 
 class PreparedNorm(nn.Module):
@@ -151,6 +155,11 @@ class PreparedBlock(nn.Module):
             query, key_value = (grid(bits) for bits in scheme.attention_bits)
             operands = attention.Operands(query, key_value, granularity)
         setattr(self.block.get_submodule(self.spec.attention), attention.ATTRIBUTE, operands)
+        return self
+
+    def record_attention(self, maps: attention.Maps | None) -> PreparedBlock:
+        """Leave attention maps in `maps` at each forward pass; None stops that."""
+        setattr(self.block.get_submodule(self.spec.attention), attention.MAPS, maps)
         return self
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
