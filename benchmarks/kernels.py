@@ -1,12 +1,12 @@
 """The tables of docs/kernels.md: measure them on one machine, and render the page from what was measured.
 
-    python benchmarks/kernels.py measure --output experiments/kernels-h200.json --max-minutes 8      # one GPU
-    python benchmarks/kernels.py measure --output experiments/kernels-cpu.json                       # a CPU
-    python benchmarks/kernels.py render                                                              # both, into the page
+    python benchmarks/kernels.py measure --output experiments/kernels-h200.json --max-minutes 8   # one GPU
+    python benchmarks/kernels.py measure --output experiments/kernels-cpu.json                    # a CPU
+    python benchmarks/kernels.py render                                                           # both, into the page
 
-`measure` is a list of `qbench bench` commands over one report: it is written after every round, what fails is recorded with
-its sentence, and the same command continues where an earlier one stopped. Wheels of the optional backends that were carried
-along are used with `--wheels DIR` (for machines that reach no package index).
+`measure` is a list of `qbench bench` commands over one report: it is written after every round, what fails is recorded
+with its sentence, and the same command continues where an earlier one stopped. `--wheels DIR` first installs carried
+wheels of the optional backends into a folder of their own, for machines that reach no package index.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CPU_JOBS: list[list[str]] = [
 
 
 def measure(output: Path, wheels: Path | None, minutes: float | None) -> int:
-    """Run every job as a process of its own: a GPU that an invalid kernel has brought to a stop is fresh for the next."""
+    """Run every job as a process of its own: what one kernel does to its CUDA context ends with it."""
     path = [str(REPO)]
     if wheels is not None:
         target = tempfile.mkdtemp(prefix="qbench-wheels-")
@@ -76,9 +76,7 @@ def render() -> int:
 
     page = PAGE.read_text()
     for file in sorted(DATA.glob("kernels-*.json")):
-        begin, end = (
-            MARK.format(end=e, name=file.stem.removeprefix("kernels-")) for e in ("", "end of ")
-        )
+        begin, end = (MARK.format(end=e, name=file.stem.removeprefix("kernels-")) for e in ("", "end of "))
         if begin not in page or end not in page:
             print(f"{PAGE} has no place for {file.name}: write {begin} and {end} into it", file=sys.stderr)
             return 1
@@ -101,9 +99,7 @@ def main() -> int:
     measuring.add_argument("--max-minutes", type=float)
     commands.add_parser("render")
     given = parser.parse_args()
-    return (
-        render() if given.command == "render" else measure(given.output, given.wheels, given.max_minutes)
-    )
+    return render() if given.command == "render" else measure(given.output, given.wheels, given.max_minutes)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """One kernel benchmark: shapes × batches × schemes × backends by the timing protocol, and generation with whole models.
 
 The only place where backends and the timing protocol meet. A cell that fails is recorded with its sentence and does not
-stop the others; the report is handed over after every batch of cells, so that an interrupted benchmark keeps what it has
-and the same command continues it.
+stop the others; cells are handed over round by round, so that an interrupted benchmark keeps what it has and the same
+command continues it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ without a passed gate has no time, and a difference smaller than the baseline's 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -102,7 +103,7 @@ class Cell(_Record):
 
     @property
     def claim(self) -> Literal["faster", "slower", "no difference"] | None:
-        """What may be said: nothing where the difference is within the spread of the baseline or the layer with itself."""
+        """What may be said: no difference where it is within the spread of the baseline or the layer with itself."""
         if self.ratio is None or self.layer is None or self.baseline is None:
             return None
         if abs(self.ratio - 1) <= max(self.layer.spread, self.baseline.spread):
@@ -231,7 +232,7 @@ def break_even(points: Sequence[tuple[int, float]]) -> str:
         return "—"
     if points[0][1] < 1:
         return f"<{points[0][0]}"
-    for (m0, r0), (m1, r1) in zip(points, points[1:], strict=False):
+    for (m0, r0), (m1, r1) in itertools.pairwise(points):
         if r1 < 1:
             share = math.log(r0) / (math.log(r0) - math.log(r1))
             return f"≈{round(math.exp(math.log(m0) + share * (math.log(m1) - math.log(m0))))}"

@@ -52,8 +52,8 @@ def bench(**given: Any) -> None:
     """Time a model's linears in packed form beside the unquantized ones.
 
     Every layer is first compared with the exact product of its integers; a wrong kernel gets no time. With nothing else
-    given, the linears of the embedded tiny-llama by torch's own CPU kernels. The report is written after each round, and
-    the same command continues an interrupted one.
+    given, the linears of the embedded tiny-llama by torch's own CPU kernels. The report is written after each round,
+    and the same command continues an interrupted one.
     """
     path = Path(given["output"])
     if given["render"]:
@@ -138,6 +138,10 @@ def _continued(report: Report, earlier: Report, path: Path) -> Report:
     """The earlier report with this request's models, if its numbers may stand beside new ones."""
     for what in ("device", "protocol", "environment"):
         old, new = getattr(earlier, what), getattr(report, what)
+        if (
+            what == "environment"
+        ):  # another commit of qbench may continue; other kernels or another torch may not
+            old, new = ({k: v for k, v in found.items() if k != "commit"} for found in (old, new))
         if old != new:
             raise ConfigError(
                 f"{path} was measured with another {what}: its numbers and new ones do not belong into one table. "

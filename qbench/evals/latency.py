@@ -1,10 +1,10 @@
 """The timing protocol: many calls, rotated weights, interleaved candidates; and the rates that bound them.
 
 On a GPU a candidate's calls are captured as one CUDA graph over copies of its weights that together exceed the L2 cache
-several times, because a loop in Python measures launches and a single hot copy measures the cache: on one layer, the same
-kernel took 10.5 µs hot, 13.4 µs by this protocol, 20.4 µs in a Python loop. On a CPU a candidate is called in a loop of at
-least a second over such copies. Candidates are measured in the order A B C C B A, so that slow drifts of the machine
-cancel, and the two passes of one candidate tell how far the same code lies from itself.
+several times, because a loop in Python measures launches and a single hot copy measures the cache: on one layer the
+same kernel took 10.5 µs hot, 13.4 µs by this protocol, 20.4 µs in a Python loop. On a CPU a candidate is called in a
+loop of at least a second over such copies. Candidates are measured in the order A B C C B A, so that slow drifts of the
+machine cancel, and the two passes of one candidate tell how far the same code lies from itself.
 """
 
 from __future__ import annotations
@@ -204,17 +204,8 @@ def measure_ceilings(device: str, protocol: Protocol) -> Ceilings:
     """Read rate and peak rates of the device as torch reaches them, by the same protocol as the layers."""
     on_gpu = device == "cuda"
     generator = torch.Generator(device).manual_seed(0)
-    n_bytes = 2**32 if on_gpu else 2**28
-    block = torch.zeros(n_bytes // 4, dtype=torch.float32, device=device)
-    read = _median_s([block.sum], device, protocol)
-    read_rate, notes = n_bytes / read, ["read rate: sum of float32 values that are in no cache"]
-    if on_gpu:  # a copy reads and writes: on some GPUs it comes closer to the memory's rate than a sum
-        target = torch.empty_like(block)
-        copied = 2 * n_bytes / _median_s([lambda: target.copy_(block)], device, protocol)
-        if copied > read_rate:
-            read_rate, notes = copied, ["read rate: copy of float32 values, bytes read and written"]
-        del target
-    del block
+    read_rate, note = _read_rate(device, protocol)
+    notes = [note]
     side = 8192 if on_gpu else 1024
     flops = {}
     for dtype in (torch.bfloat16, torch.float16) if on_gpu else (torch.bfloat16, torch.float32):
@@ -229,6 +220,20 @@ def measure_ceilings(device: str, protocol: Protocol) -> Ceilings:
     flops["int8"] = 2 * side**3 / _median_s([lambda: torch._int_mm(a, right)], device, protocol)
     notes.append(f"peaks: products of {side}×{side}")
     return Ceilings(read_bytes_per_s=read_rate, flops=flops, notes=notes)
+
+
+def _read_rate(device: str, protocol: Protocol) -> tuple[float, str]:
+    """Bytes per second, and how they were read."""
+    n_bytes = 2**32 if device == "cuda" else 2**28
+    source = torch.zeros(n_bytes // 4, dtype=torch.float32, device=device)
+    summed = n_bytes / _median_s([source.sum], device, protocol)
+    if device != "cuda":
+        return summed, "read rate: sum of float32 values that are in no cache"
+    target = torch.empty_like(source)  # on some GPUs a copy comes closer to the memory's rate than a sum
+    copied = 2 * n_bytes / _median_s([lambda: target.copy_(source)], device, protocol)
+    if copied > summed:
+        return copied, "read rate: copy of float32 values that are in no cache, bytes read and written"
+    return summed, "read rate: sum of float32 values that are in no cache"
 
 
 def _median_s(calls: Sequence[Call], device: str, protocol: Protocol) -> float:

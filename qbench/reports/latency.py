@@ -1,7 +1,7 @@
 """Tables of a kernel benchmark, rendered from its JSON: Markdown for a page, the same rows for a terminal.
 
-Each time stands with its ratio to the unquantized layer of the same round and its share of the roofline; a difference that
-the measurement cannot resolve is marked, and what was not timed is listed with its reason.
+Each time stands with its ratio to the unquantized layer of the same round and its share of the roofline; a difference
+that the measurement cannot resolve is marked, and what was not timed is listed with its reason.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def circumstances(report: Report) -> list[str]:
             f"{'; '.join(c.notes)}."
         )
     lines.append(
-        "A cell: µs with everything that the row needs at run time (in brackets the product alone, where that is less) · "
-        f"times as fast as the unquantized layer of the same round ({UNRESOLVED}: within the spread of the same code "
-        "measured twice, no claim) · share of the roofline."
+        "A cell: µs with everything that the row needs at run time (in brackets the product alone where that is less) "
+        f"· times as fast as the unquantized layer of the same round ({UNRESOLVED}: within the spread of the same "
+        "code measured twice, no claim) · share of the roofline."
     )
     return [*lines, *report.notes]
 

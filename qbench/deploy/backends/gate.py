@@ -2,9 +2,9 @@
 
 Limits. Rounding scales, zero terms and outputs to bfloat16 costs up to 0.4%; to float16, 0.05%. A fault costs more: a
 zero point off by one step moves every weight by one step, 3% of their spread at 8 bits and 40% at 4; a wrong group or
-order leaves nothing of the product. So 1% overall separates them. A fault in a single output channel vanishes in the
-overall norm, therefore no channel may be off by more than 5% of the typical one. The input's own quantization is part of
-the layer (`KernelLayer.seen`) and no error.
+order leaves nothing of the product. So 1% overall separates them. A fault in one output channel vanishes in the overall
+norm, therefore no channel may be off by more than 5% of the typical one. The input's own quantization is part of the
+layer (`KernelLayer.seen`) and no error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Adapter of gemlite: weights of 2, 4 and 8 bits with 16-bit inputs, in pure Triton, tuned at first use.
 
-https://pypi.org/project/gemlite/ (Apache-2.0), made for 0.6. It does not import without a CUDA device. The first call of a
-new shape tries its configurations and can take half a minute: warm up before timing.
+https://pypi.org/project/gemlite/ (Apache-2.0), made for 0.6. It does not import without a CUDA device. The first call
+of a new shape tries its configurations and can take half a minute: warm up before timing.
 """
 
 from __future__ import annotations

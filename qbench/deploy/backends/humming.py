@@ -1,9 +1,9 @@
 """Adapter of humming-kernels: weights of 2 to 8 bits, compiled for the GPU at hand at first use.
 
-https://pypi.org/project/humming-kernels/ (Apache-2.0, maintained with vLLM), made for 0.1.19. Weights with 16-bit inputs
-are dequantized inside the kernel; with quantized inputs they are unpacked to int8 for an int8 product. Inputs are then
-quantized per token, symmetrically: by humming's own kernel at 8 bits, by torch operations below. The first call of a new
-shape compiles for seconds: warm up before timing.
+https://pypi.org/project/humming-kernels/ (Apache-2.0, maintained with vLLM), made for 0.1.19. Weights with 16-bit
+inputs are dequantized inside the kernel; with quantized inputs they are unpacked to int8 for an int8 product. Inputs
+are then quantized per token, symmetrically: at 8 bits by humming's own kernel, below by torch operations. The first
+call of a new shape compiles for seconds: warm up before timing.
 """
 
 from __future__ import annotations

@@ -150,6 +150,6 @@ def _outside(weight: QuantizedWeight) -> str | None:
     if bool(((zero >= 0) & (zero <= weight.grid.qmax)).all()):
         return None
     return (
-        f"zero points reach {int(zero.min())}…{int(zero.max())}, outside the grid 0…{weight.grid.qmax}, which no packed "
-        "format can hold; quantize without --published-form"
+        f"zero points reach {int(zero.min())}…{int(zero.max())}, outside the grid 0…{weight.grid.qmax}, which no "
+        "packed format can hold; quantize without --published-form"
     )

@@ -1,8 +1,8 @@
 """Kernels that come with torch: int4 and int8 weights with 16-bit inputs, and int8 by int8 for quantized inputs.
 
-Weights of 2 and 3 bits lie in int4 kernels as 4-bit codes, those of 5 to 7 bits in int8 ones as bytes: the result is that
-of their scheme, the memory that of the container, and both are reported. Signatures of these operations are torch's own,
-underscored and undocumented; `gate.py` stands between them and every number.
+Weights of 2 and 3 bits lie in int4 kernels as 4-bit codes, those of 5 to 7 bits in int8 ones as bytes: the result is
+that of their scheme, the memory that of the container, and both are reported. Signatures of these operations are
+torch's own, underscored and undocumented; `gate.py` stands between them and every number.
 
     CPU   `_weight_int4pack_mm_for_cpu`, `_weight_int8pack_mm`, `_int_mm`. Fast in bfloat16 only.
     CUDA  `_weight_int4pack_mm` (tinygemm, bfloat16 only), `_int_mm`, whose epilogue here is ordinary torch operations.

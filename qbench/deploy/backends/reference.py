@@ -1,4 +1,4 @@
-"""The dequantizing reference: codes become numbers, then an ordinary product. Any scheme, any device, exact in float64."""
+"""The dequantizing reference: codes become numbers, then an ordinary product; any scheme, exact in float64."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Quantization of a layer's input per token, as integers: what an int8 product is fed with.
 
-`per_token` is the definition of `quant/uniform.py` (asymmetric, dynamic, the range contains 0), so that a layer computes
-what the table's row was measured with. `per_token_symmetric` is what third-party int8 kernels do.
+`per_token` is the definition of `quant/uniform.py` (asymmetric, dynamic, the range contains 0), so that a layer
+computes what the table's row was measured with. `per_token_symmetric` is what third-party int8 kernels do.
 """
 
 from __future__ import annotations
