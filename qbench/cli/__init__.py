@@ -24,6 +24,7 @@ COMMANDS = Registry(
         "compare": "qbench.cli.compare:compare",
         "methods": "qbench.cli.catalogue:methods",
         "models": "qbench.cli.catalogue:models",
+        "bench": "qbench.cli.bench:bench",
         "check": "qbench.cli.catalogue:check",
     },
 )
@@ -32,6 +33,7 @@ SUMMARIES = {
     "compare": "Compare the results in one or more folders.",
     "methods": "List the methods, or the options of one.",
     "models": "List the supported architectures and the embedded models.",
+    "bench": "Time a model's linears in packed form.",
     "check": "Test that a method keeps the rules every method must keep.",
 }
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
