@@ -236,6 +236,9 @@ def _contract_fields(
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "calibration": {
             "dataset": calibration.dataset,
+            "text": calibration.text_fingerprint,
+            "drawn": calibration.scheme_note,
+            "seed": config.calibration.seed,
             "tokens": calibration.fingerprint,
             "n_samples": len(calibration.ids),
             "seq_len": calibration.ids.shape[1],
@@ -343,7 +346,9 @@ def _record(
         "method": method,
         "options": dict(options),
         "scheme": str(scheme),
+        # Nothing of the full-precision row depends on these: with several seeds it is still one record.
         "batch_size": compute.batch_size if result is not None else None,
+        "calibration": provenance.calibration_fingerprint(common.fields) if result is not None else None,
     }
     row = Result(
         id=provenance.sha256_json(identity),
@@ -363,7 +368,7 @@ def _record(
         blocks=result.records if result is not None else [],
         config=common.config.model_dump(mode="json"),
         provenance=provenance.environment(),
-        calibration={**common.fields["calibration"], "seed": common.config.calibration.seed},
+        calibration=common.fields["calibration"],
     )
     common.store.save(row)
     return row

@@ -43,8 +43,10 @@ def quantized_tensors(
     if grid.bits < 16:
         for role, weight in tensors.weight.items():
             upper, lower = plan.clipping.logits(role) if plan.clipping is not None else (None, None)
-            scales = tensors.row_scale.pop(role, None), tensors.column_scale.pop(role, None)
-            tensors.weight[role] = fake_quantize(weight, grid, upper, lower, dtype, *scales)
+            tensors.weight[role] = fake_quantize(
+                weight, grid, upper, lower, dtype,
+                row_scale=tensors.row_scale.pop(role, None), column_scale=tensors.column_scale.pop(role, None),
+            )  # fmt: skip
     return tensors
 
 

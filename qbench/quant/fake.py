@@ -127,10 +127,11 @@ class _Fused(torch.autograd.Function):
         from qbench.quant import fake_triton
 
         x = x.contiguous()
-        scales = [None if s is None else s.contiguous() for s in (row_scale, column_scale)]
+        row_scale = None if row_scale is None else row_scale.contiguous()
+        column_scale = None if column_scale is None else column_scale.contiguous()
         keep = any(ctx.needs_input_grad)
-        y, low, high = fake_triton.forward(x, *scales, upper, lower, grid, out_dtype, keep)
-        ctx.save_for_backward(x, *scales, low, high, upper, lower)
+        y, low, high = fake_triton.forward(x, row_scale, column_scale, upper, lower, grid, out_dtype, keep)
+        ctx.save_for_backward(x, row_scale, column_scale, low, high, upper, lower)
         ctx.grid = grid
         return y
 

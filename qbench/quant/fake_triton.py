@@ -224,7 +224,7 @@ def forward(
         CLIP=upper is not None, SCALE_ROWS=row_scale is not None, SCALE_COLUMNS=column_scale is not None, KEEP=keep,
         **launch.constants,
     )  # fmt: skip
-    return y, *ranges
+    return y, ranges[0], ranges[1]
 
 
 def backward(

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TENSOR_CORE_ELEMENTS = 1 << 20
-GRADIENT_DTYPE = torch.bfloat16  # of products in a backward pass where `_large`
+COARSE_DTYPE = torch.bfloat16  # of `_coarse_product`
 
 
 class _Inverse(torch.autograd.Function):
@@ -37,8 +37,9 @@ class _Inverse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
         if _large(inverse):
-            transposed = inverse.mT.to(GRADIENT_DTYPE)
-            return -(transposed @ grad.to(GRADIENT_DTYPE) @ transposed).to(grad.dtype), None
+            half = inverse.to(COARSE_DTYPE)
+            left = half.mT @ grad.to(COARSE_DTYPE)
+            return torch.baddbmm(left, left, half.mT, beta=0, alpha=-1).to(grad.dtype), None
         return -(inverse.mT @ grad @ inverse.mT), None
 
 
@@ -58,7 +59,9 @@ class WarmInverse:
         self.iterations = iterations
         self.residual = torch.zeros((), device=matrix.device)
         self.scaled_inverse = torch.empty_like(matrix)
-        self.identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        self.identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(
+            matrix
+        )
         self.restart(matrix)
 
     @staticmethod
@@ -79,14 +82,12 @@ class WarmInverse:
         """Inverse of the matrix as it is now; remembers it and the largest residual met."""
         rows, columns = self._scales(matrix)
         scaled, y = matrix * rows * columns, self.scaled_inverse
-        with tensor_cores(matrix):
-            for _ in range(self.iterations):
-                defect = self.identity - scaled @ y
-                if _large(matrix):  # the defect is small, so its product needs few digits
-                    y = y + (y.to(GRADIENT_DTYPE) @ defect.to(GRADIENT_DTYPE)).float()
-                else:
-                    y = y + y @ defect
-        self.residual.copy_(torch.maximum(self.residual, defect.abs().sum(-1).amax()))
+        for _ in range(self.iterations):
+            with tensor_cores(matrix):
+                defect = torch.baddbmm(self.identity, scaled, y, alpha=-1)
+            # the defect is small, so its product needs few digits
+            y = y + _coarse_product(y, defect, y)
+        self.residual.copy_(torch.maximum(self.residual, torch.linalg.vector_norm(defect, 1, -1).amax()))
         self.scaled_inverse.copy_(y)
         return y * columns.mT * rows.mT
 
@@ -107,10 +108,10 @@ def _large(operand: Tensor) -> bool:
     return operand.is_cuda and operand.numel() >= TENSOR_CORE_ELEMENTS and operand.dtype == torch.float32
 
 
-def _gradient_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """a @ b for a backward pass: the incoming gradient comes out of half-precision products anyway."""
+def _coarse_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """a @ b where three digits are enough: in a backward pass, whose gradient comes out of half-precision products."""
     if _large(_larger(a, b)):
-        return (a.to(GRADIENT_DTYPE) @ b.to(GRADIENT_DTYPE)).to(like.dtype)
+        return (a.to(COARSE_DTYPE) @ b.to(COARSE_DTYPE)).to(like.dtype)
     return a @ b
 
 
@@ -127,8 +128,8 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        grad_a = _gradient_product(grad, b.mT, a) if ctx.needs_input_grad[0] else None
-        grad_b = _gradient_product(a.mT, grad, b) if ctx.needs_input_grad[1] else None
+        grad_a = _coarse_product(grad, b.mT, a) if ctx.needs_input_grad[0] else None
+        grad_b = _coarse_product(a.mT, grad, b) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b
 
 
