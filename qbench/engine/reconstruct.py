@@ -22,16 +22,18 @@ from qbench.engine.activations import ActivationStats, Observer
 from qbench.engine.capture import block_inputs, move
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import HiddenStates, choose_placement
-from qbench.engine.optimize import FitReport, fit
-from qbench.engine.plan import BlockPlan, BlockView, Needs
+from qbench.engine.optimize import FitReport, Windows, fit
+from qbench.engine.plan import BlockPlan, BlockView, LearnedRounding, Needs
 from qbench.engine.prepare import PreparedBlock, block_tensors
 from qbench.engine.progress import Listener
 from qbench.engine.settings import EngineSettings
+from qbench.engine.signed import fit_rounding
 from qbench.engine.state import BlockState
 from qbench.errors import NumericalError
 from qbench.models.base import BlockSpec
 from qbench.quant import uniform
 from qbench.quant.grid import Grid
+from qbench.quant.offsets import Offsets
 from qbench.quant.uniform import QuantizedWeight
 from qbench.results import BlockRecord, TransformRecord
 from qbench.scheme import Scheme
@@ -367,11 +369,34 @@ class _LaneBlock:
                 maps,
             )  # fmt: skip
         plan.notes.extend(stream.notes)
-        return _finish(fold(self.base, plan.transforms), plan, grid, spec, self.index, report)
+        folded = fold(self.base, plan.transforms)
+        offsets = None
+        if isinstance(plan.rounding, LearnedRounding) and grid.bits < 16:
+            ranges = {role: _ranges(role, weight, plan, grid) for role, weight in folded.weight.items()}
+            offsets = Offsets(folded.weight, ranges, grid)
+            self._operands(stream)
+            learned = fit_rounding(
+                self.prepared, offsets, plan.rounding, folded, Windows(self.q_inputs, self.fp_outputs),
+                stream.kwargs, settings, settings.seed + self.index,
+                lambda turn, turns, loss: listener.epoch(lane.name, self.index, turn, turns, loss),
+            )  # fmt: skip
+            report = FitReport(report.losses + learned.losses, report.extras | learned.extras)
+        return _finish(folded, plan, grid, spec, self.index, report, offsets)
+
+
+def _ranges(role: str, weight: Tensor, plan: BlockPlan, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(low, high) of a folded weight's groups, clipped where the plan says so."""
+    return plan.clipping.ranges(role, weight, grid) if plan.clipping else uniform.extremes(weight, grid)
 
 
 def _finish(
-    folded: BlockTensors, plan: BlockPlan, grid: Grid, spec: BlockSpec, index: int, report: FitReport
+    folded: BlockTensors,
+    plan: BlockPlan,
+    grid: Grid,
+    spec: BlockSpec,
+    index: int,
+    report: FitReport,
+    offsets: Offsets | None = None,
 ) -> BlockState:
     """Round folded weights to codes over the plan's ranges."""
     linears: dict[str, QuantizedWeight | Tensor] = {}
@@ -379,8 +404,11 @@ def _finish(
         if grid.bits >= 16:
             linears[role] = weight
             continue
-        ranges = plan.clipping.ranges(role, weight, grid) if plan.clipping else uniform.extremes(weight, grid)
-        linears[role] = quantized = plan.rounding(weight, *ranges, grid)
+        if offsets is not None:
+            linears[role] = quantized = offsets.quantize(role)
+        else:
+            assert not isinstance(plan.rounding, LearnedRounding)
+            linears[role] = quantized = plan.rounding(weight, *_ranges(role, weight, plan, grid), grid)
         if not bool(quantized.scale.isfinite().all()):
             raise NumericalError(
                 f"Block {index}: the scales of {role} are not finite after folding the transforms."

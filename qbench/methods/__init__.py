@@ -15,6 +15,7 @@ METHODS = Registry(
         "omniquant": "qbench.methods.omniquant:OmniQuant",
         "affinequant": "qbench.methods.affinequant:AffineQuant",
         "abq": "qbench.methods.abq:ABQ",
+        "signround": "qbench.methods.signround:SignRound",
     },
     group="qbench.methods",
 )
