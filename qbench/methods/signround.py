@@ -24,6 +24,7 @@ class SignRound(Method):
 
     name: ClassVar[str] = "signround"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.05516"
+    rounds: ClassVar[bool] = True
 
     iterations: int = Field(200, ge=1, description="Steps per block.")
     window_batch: int = Field(8, ge=1, description="Windows drawn for each step.")

@@ -57,3 +57,22 @@ def test_the_seed_decides_the_draw(tiny_llama, tokens) -> None:
 
     assert torch.equal(codes(1), codes(1))
     assert not torch.equal(codes(1), codes(2))
+
+
+@pytest.mark.parametrize("name", ["smoothquant+signround", "omniquant+signround"])
+def test_it_rounds_behind_transforms_and_over_learned_ranges(tiny_llama, tokens, name) -> None:
+    """The same transforms without it: what is left is the error that learned rounding takes away."""
+    first, _, _ = name.partition("+")
+    options = {"epochs": 2} if first == "omniquant" else {}
+    lanes = [
+        make_lane(tiny_llama, name, "W3A8", iterations=40, **options),
+        make_lane(tiny_llama, first, "W3A8", **options),
+    ]
+    composed, alone = reconstruct_lanes(tiny_llama, tokens, lanes)
+    assert composed.records[0].extras["rounding_gain"] > 0
+    assert composed.records[0].accumulated_error < alone.records[0].accumulated_error
+    assert [t.site for t in composed.transforms[0]] == [t.site for t in alone.transforms[0]]
+    for key, value in alone.state(0).learned.items():  # learned before, untouched by the rounding
+        assert torch.equal(value, composed.state(0).learned[key]), key
+    norm = composed.state(0).rest.norm_weight["attn_norm"]
+    assert torch.equal(norm, alone.state(0).rest.norm_weight["attn_norm"])
