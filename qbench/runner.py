@@ -385,6 +385,7 @@ def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> E
         zero_in_range=config.quantizer.zero_in_range,
         attention_granularity=_granularity(config.quantizer.attention_granularity, loaded),
         allow_fallback=compute.allow_fallback,
+        seed=config.calibration.seed,
     )
 
 
