@@ -85,7 +85,7 @@ def rows_of(source: str, folder: str) -> list[Result]:
         place, name = folder, source
     if not Path(place).is_dir():
         raise ConfigError(
-            f"{source!r} is no folder or file, and there is no folder {place!r} to look up a row in. "
+            f"There is no results folder {source!r}, no such file, and no folder {place!r} to look up a row in. "
             "Give a results folder, a record, or --in DIR with the name of a row."
         )
     results = ResultStore(place).load_all()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from qbench.errors import ConfigError
 from qbench.reports import stats
-from qbench.reports.columns import SHORT_NAMES, format_half_width, format_value, scheme_label
+from qbench.reports.columns import SHORT_NAMES, format_half_width, format_value
 from qbench.reports.comparison import (
     AVERAGE,
     CORRECT,
@@ -91,7 +91,7 @@ class Pair:
     def labels(self) -> tuple[str, str]:
         """Method, scheme and, where these are equal, what tells the rows apart."""
         one, other = self.a[0], self.b[0]
-        names = [f"{r.method} {scheme_label(r)}" for r in (one, other)]
+        names = [f"{r.method} {r.scheme_label}" for r in (one, other)]
         if names[0] == names[1]:
             keys = [k for k in {**one.options, **other.options} if one.options.get(k) != other.options.get(k)]
             for i, r in enumerate((one, other)):

@@ -127,7 +127,7 @@ def test_a_row_that_is_not_there_is_named_with_what_is(
 
 def test_without_a_place_to_look_a_row_up_it_says_so(qbench_cli) -> None:
     result = qbench_cli("compare", "rtn", "gptq")
-    assert result.exit_code == 2 and "no folder 'results'" in result.stderr
+    assert result.exit_code == 2 and "no folder 'results' to look up a row in" in result.stderr
 
 
 def test_rows_that_do_not_pair_are_refused(qbench_cli, folder: str) -> None:
