@@ -6,6 +6,7 @@ decided in `sweep`, equally for all of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -74,7 +75,7 @@ class _Process:
     process: subprocess.Popen[str]
     log: IO[bytes]
     device: str | None
-    threads: list[threading.Thread] = field(default_factory=list)
+    reader: threading.Thread = field(init=False)
 
 
 class LocalExecutor:
@@ -110,14 +111,11 @@ class LocalExecutor:
         running = _Process(job, process, log, device)
         self._running.append(running)
         assert process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died at once: its exit says so
             process.stdin.write(json.dumps(job.as_json()) + "\n")
             process.stdin.flush()
-        except BrokenPipeError:  # it died at once: its exit says so
-            pass
-        reader = threading.Thread(target=self._read, args=(running,), daemon=True)
-        running.threads.append(reader)
-        reader.start()
+        running.reader = threading.Thread(target=self._read, args=(running,), daemon=True)
+        running.reader.start()
 
     def _environment(self, device: str | None) -> dict[str, str]:
         env = dict(os.environ)
@@ -152,9 +150,7 @@ class LocalExecutor:
                 ended = next(running for running in self._running if running.job is job)
                 self._running.remove(ended)
                 self._free.append(ended.device)
-                ended.log.close()
-                assert ended.process.stdin is not None
-                ended.process.stdin.close()
+                _close(ended)
             yield job, event
             if self._said.empty():
                 return
@@ -165,13 +161,18 @@ class LocalExecutor:
             running.process.kill()
         for running in self._running:
             running.process.wait()
-            for thread in running.threads:
-                thread.join()
-            running.log.close()
-            for pipe in (running.process.stdin, running.process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            _close(running)
         self._running.clear()
+
+
+def _close(running: _Process) -> None:
+    """Let go of everything that an ended process had."""
+    running.reader.join()
+    running.log.close()
+    for pipe in (running.process.stdin, running.process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # a job that was never read
+            pipe.close()
 
 
 def _crash(code: int, log: IO[bytes]) -> str | None:

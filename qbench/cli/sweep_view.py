@@ -171,7 +171,7 @@ class LiveSweepView(SweepView):
         if len(states) > room:
             kept = sorted(states, key=lambda state: order[state.phase])[:room]
             states = [state for state in states if state in kept]
-        table = Table(box=None, pad_edge=False, show_header=False)
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
         for state in states:
             filled = round(state.share * BAR)
             table.add_row(
