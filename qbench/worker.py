@@ -63,7 +63,7 @@ def work(job: Mapping[str, Any], send: Send) -> None:
     """Do one job; an error that a user can act on is an event, anything else ends the process with its traceback.
 
     Args:
-        job: `{"kind": "pass" | "plan", "config": …, "wanted": [{"label", "request", "scheme"}, …]}`.
+        job: `{"config": …, "wanted": [{"label", "request", "scheme"}, …]}`.
         send: Takes the events.
     """
     try:
@@ -73,12 +73,7 @@ def work(job: Mapping[str, Any], send: Send) -> None:
         wanted = [
             Wanted(w["label"], MethodRequest.model_validate(w["request"]), w["scheme"]) for w in job["wanted"]
         ]
-        if job["kind"] == "plan":
-            from qbench.planning import plan_pass
-
-            send({"event": "plan", **plan_pass(config, wanted, Telling(send)).as_json()})
-        else:
-            run_pass(config, wanted, Telling(send))
+        run_pass(config, wanted, Telling(send))
     except QbenchError as error:
         send({"event": "refused", "kind": type(error).__name__, "error": str(error)})
 
