@@ -43,8 +43,9 @@ METHODS = _Methods(
         "smoothquant": "qbench.methods.smoothquant:SmoothQuant",
         "omniquant": "qbench.methods.omniquant:OmniQuant",
         "affinequant": "qbench.methods.affinequant:AffineQuant",
-        "abq": "qbench.methods.abq:ABQ",
         "gptq": "qbench.methods.gptq:GPTQ",
+        "abq": "qbench.methods.abq:ABQ",
+        "signround": "qbench.methods.signround:SignRound",
     },
     group="qbench.methods",
 )
