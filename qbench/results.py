@@ -147,6 +147,12 @@ class Result(_Record):
         """Whether this is the row of the full-precision model."""
         return self.method == BASELINE
 
+    @property
+    def scheme_label(self) -> str:
+        """The scheme as tables print it: a star on the weights' bits where a method added a level (W2*A8)."""
+        starred = any(key.rpartition(".")[2] == "bit_balance" and on for key, on in self.options.items())
+        return re.sub(r"^W\d+", r"\g<0>*", self.scheme) if starred else self.scheme
+
     def row(self) -> dict[str, Any]:
         """The row as `--format json` prints it; a number that is not finite becomes null."""
         return {

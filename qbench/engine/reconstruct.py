@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qbench.engine import attention
 from qbench.engine.activations import ActivationStats, Observer
 from qbench.engine.capture import block_inputs, move
 from qbench.engine.checkpoint import Checkpoint
@@ -172,6 +173,26 @@ class _Stream:
                 out = block(inputs.read(start, min(start + size, len(inputs))), **self.kwargs)
             use(start, out.float())
 
+    @torch.no_grad()
+    def attention_maps(self, block: PreparedBlock, inputs: HiddenStates) -> HiddenStates:
+        """Attention maps of a loaded block for all windows, one at a time: every head's map is in memory at once."""
+        n, tokens, _ = inputs.shape
+        placement = self.settings.placement or choose_placement(
+            4 * n * tokens**2, self.settings.device, self.settings.scratch
+        )
+        found = HiddenStates(
+            (n, tokens, tokens), self.settings.device, placement, folder=self.settings.scratch
+        )
+        maps = attention.Maps()
+        block.record_attention(maps)
+        for i in range(n):
+            with self.settings.autocast_context():
+                block(inputs.read(i, i + 1), **self.kwargs)
+            assert maps.latest is not None
+            found.write(i, maps.latest)
+        block.record_attention(None)
+        return found
+
     def relative_error(self, block: PreparedBlock, inputs: HiddenStates, target: HiddenStates) -> float:
         """MSE(block(inputs), target) / mean(target²)."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.settings.device)
@@ -306,7 +327,7 @@ class _LaneBlock:
         settings = stream.settings
         self.prepared.quantize_operands(
             self.lane.scheme, settings.zero_in_range, settings.attention_granularity
-        )
+        ).record_attention(None)
 
     def _run(self, stream: _Stream, state: BlockState) -> HiddenStates:
         """Load the block exactly as its integers give it and run it."""
@@ -328,18 +349,22 @@ class _LaneBlock:
             return _finish(self.base.copy(), BlockPlan(), grid, spec, self.index, FitReport())
         view = BlockView(self.index, self.n_blocks, spec, scheme, grid, self.base, self.stats)
         plan = lane.planner.plan(view)
+        grid = plan.grid or grid
         for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
             part.to(settings.device)
         report = FitReport()
         if plan.training is not None:
-            same_input = None
+            same_input = maps = None
+            self.prepared.load(self.base).quantize_operands(None)
             if plan.training.same_input_target:
-                self.prepared.load(self.base).quantize_operands(None)
                 same_input = stream.forward(self.prepared, self.q_inputs)
+            if plan.training.attention_maps:
+                maps = stream.attention_maps(self.prepared, stream.inputs)
             self._operands(stream)
             report = fit(
                 self.prepared, plan, self.base, grid, self.q_inputs, self.fp_outputs, same_input, stream.kwargs,
                 settings, lambda epoch, epochs, loss: listener.epoch(lane.name, self.index, epoch, epochs, loss),
+                maps,
             )  # fmt: skip
         plan.notes.extend(stream.notes)
         return _finish(fold(self.base, plan.transforms), plan, grid, spec, self.index, report)
@@ -393,9 +418,7 @@ def _describe(transform: Transform) -> TransformRecord:
         function_preserving=transform.function_preserving,
         stored_bits=cost.stored_bits,
         flops_per_token=cost.flops_per_token,
-        note=None
-        if transform.function_preserving
-        else f"{transform.site.name} transform does not commute with RoPE",
+        note=transform.note,
     )
 
 
