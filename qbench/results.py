@@ -119,6 +119,7 @@ class Result(_Record):
             transforms included; embeddings and head are not in it.
         contract: Hash of everything that is not the method (`provenance.contract`), of these `contract_fields`.
         transforms: Of the first block; the others have the same.
+        codes: SHA-256 of all integer codes, scales and zero points, block by block; None for full precision.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -141,6 +142,7 @@ class Result(_Record):
     config: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
+    codes: str | None = None
 
     @property
     def is_baseline(self) -> bool:
