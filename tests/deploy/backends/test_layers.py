@@ -239,3 +239,13 @@ def test_a_bit_balanced_grid_keeps_its_fifth_level(abits: int) -> None:
     layer = build(BACKENDS.load("torch")(), w, abits, torch.float32)
     assert relative(layer(x), naive(x, w, abits)) < ROUNDING[torch.float32]
     assert layer.request.code_bits == 3
+
+
+def test_one_wrong_channel_of_thousands_is_caught() -> None:
+    """Its share of the overall norm, 0.3/64, is within the limit."""
+    exact = torch.randn(32, 4096, dtype=torch.float64)
+    y = exact.clone()
+    y[:, 99] *= 1.3
+    result = gate.compare(y, exact)
+    assert result.error < gate.LIMIT < result.worst_channel
+    assert not result.passed
