@@ -72,8 +72,13 @@ class Bench:
         self.target = self.inputs.empty_like()
         self.target.write(0, self.inputs.read(0, len(self.inputs)))
 
-    def step_ms(self, method: str, scheme_text: str, batch: int) -> dict[str, Any]:
-        """Time `fit` per sample; peak memory of the steps, inputs and targets not counted."""
+    def step_ms(
+        self, method: str, scheme_text: str, batch: int, profiler: Any | None = None
+    ) -> dict[str, Any]:
+        """Time `fit` per sample; peak memory of the steps, inputs and targets not counted.
+
+        A profiler is started for the last of the epochs, which is then slower than those that are timed.
+        """
         scheme = Scheme.parse(scheme_text)
         settings = EngineSettings(device=self.device, autocast=self.autocast, batch_size=batch)
         prepared = PreparedBlock(self.block, self.spec).to(self.device)
@@ -88,11 +93,19 @@ class Bench:
             part.to(self.device)
         prepared.quantize_operands(scheme)
         ends: list[float] = []
+
+        def on_epoch(epoch: int, epochs: int, loss: float) -> None:
+            ends.append(time.perf_counter())
+            if profiler is not None and epoch + 2 == epochs:
+                profiler.start()
+
         resident = self._memory()
         report = fit(
             prepared, plan, base, grid, self.inputs, self.target, self.target, self.kwargs, settings,
-            lambda epoch, epochs, loss: ends.append(time.perf_counter()),
+            on_epoch,
         )  # fmt: skip
+        if profiler is not None:
+            profiler.stop()
         per_sample = (ends[-1] - ends[0]) / (len(ends) - 1) / len(self.inputs)
         peak = torch.cuda.max_memory_allocated() - resident if self.device.type == "cuda" else None
         return {"ms": 1e3 * per_sample, "peak_gib": peak and peak / 2**30, **report.extras}
@@ -147,6 +160,20 @@ class Bench:
         return sum(_bytes(t._data) for t in (self.inputs, self.target))
 
 
+def kernels(bench: Bench, method: str, scheme: str, batch: int, rows: int = 25) -> str:
+    """Where a step's time goes: milliseconds per sample of each GPU kernel, largest first."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    bench.step_ms(method, scheme, batch, profiler)
+    spent = {e.key: (e.self_device_time_total / 1e3, e.count) for e in profiler.key_averages()}
+    n = len(bench.inputs)
+    lines = [
+        f"{method} {scheme}, batch {batch}: {sum(ms for ms, _ in spent.values()) / n:.2f} ms of kernels per sample"
+    ]
+    for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:rows]:
+        lines.append(f"{ms / n:8.3f} ms {count / n:6.1f} × {name[:110]}")
+    return "\n".join(lines)
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -165,10 +192,11 @@ def main() -> None:
         ("seq-len", 2048),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--windows", type=int, default=16, help="windows that are timed per epoch")
+    parser.add_argument("--windows", type=int, default=128, help="windows that are timed per epoch")
     parser.add_argument("--blocks", type=int, default=32, help="for the projection")
     parser.add_argument("--samples", type=int, default=128, help="for the projection")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", action="store_true", help="print the GPU kernels of each job instead")
     arguments = parser.parse_args()
     bench = Bench(arguments)
     name = (
@@ -177,6 +205,10 @@ def main() -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     reference = (arguments.hidden, arguments.mlp, arguments.seq_len) == (4096, 11008, 2048)
+    if arguments.profile:
+        for method, scheme, batch, _, _ in JOBS:
+            print(kernels(bench, method, scheme, batch), flush=True)
+        return
     floor = bench.floor_ms()
     print(
         f"{name}, torch {torch.__version__}; hidden {arguments.hidden}, mlp {arguments.mlp}, {arguments.seq_len} tokens"

@@ -2,6 +2,21 @@
 
 Nothing here is needed to compute a result; everything is needed to believe it later. No user name, host name or
 absolute path is recorded, so that a record can be published as it is.
+
+**The contract** is a hash of everything that is not the method: rows with equal contracts may be ranked together. Two
+questions decide what goes into it.
+
+*Seeds.* Rows whose calibration windows were drawn by the same rule from the same text, only with another seed, are one
+comparison repeated: they are averaged, not refused. So the hash leaves out the two fields that a seed decides
+(`PER_SEED`, the seed and the drawn tokens' fingerprint) and has those that define the draw: dataset, the text's
+fingerprint, sample count, window length, BOS policy and how windows are cut. Token windows of another text or another
+length are another draw, hence another contract. `calibration_fingerprint` tells the repetitions apart. A record that
+does not name the text (the first ones did not) keeps its tokens in the hash: nothing shows that two are seeds of
+one draw, so each set of tokens is its own contract.
+
+*Evaluations.* The hash covers all that a row was measured on. A row that was also measured on tasks can still be ranked
+with one that was not, on what both were measured on: `same_base` leaves the evaluations out, `evaluation_of` gives
+one evaluation's own fields. Two rows that were measured on different things under one name are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +29,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +39,7 @@ from qbench.errors import DataError
 PACKAGES = (
     "torch", "transformers", "tokenizers", "safetensors", "datasets", "lm-eval", "numpy", "scipy", "pydantic"
 )  # fmt: skip
+PER_SEED = ("seed", "tokens")  # fields of the contract's calibration that a seed decides
 # In order of preference: a folder that holds the same weights in two formats is fingerprinted by the first.
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.pt", "*.pth")
 
@@ -65,10 +81,92 @@ def contract(fields: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             length, BOS policy, evaluation protocols, quantized matmuls.
 
     Returns:
-        The hash, and the fields as they come back from a JSON file (tuples are lists there).
+        The hash, and the fields as they come back from a JSON file (tuples are lists there): all of them;
+        the hash leaves out those that a calibration seed decides.
     """
     stored = json.loads(canonical_json(fields))
-    return sha256_json(stored), stored
+    return sha256_json(without_seed(stored)), stored
+
+
+def without_seed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The contract's fields that two rows must share: all but what the calibration seed decides."""
+    calibration = fields.get("calibration")
+    if not isinstance(calibration, Mapping) or "text" not in calibration:
+        return dict(fields)
+    return {**fields, "calibration": {k: v for k, v in calibration.items() if k not in PER_SEED}}
+
+
+def calibration_fingerprint(fields: Mapping[str, Any]) -> str | None:
+    """Which of the draws that a contract allows a row was calibrated on; None where it is not recorded."""
+    calibration = fields.get("calibration")
+    if not isinstance(calibration, Mapping) or "text" not in calibration:
+        return None
+    return sha256_json({name: calibration.get(name) for name in PER_SEED})
+
+
+def same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows differ in the method, the calibration seed and what they were measured on, and nothing else."""
+    return _base(one) == _base(other)
+
+
+def _base(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in without_seed(fields).items() if name != "evaluation"}
+
+
+def evaluation_of(fields: Mapping[str, Any], key: str) -> Any:
+    """What the contract says of one measurement; None where it does not name it.
+
+    Args:
+        fields: The contract's.
+        key: TASK/METRIC; an evaluation is named by its task, or by the whole key.
+    """
+    evaluations = fields.get("evaluation")
+    if not isinstance(evaluations, Mapping):
+        return None
+    return evaluations.get(key, evaluations.get(key.rpartition("/")[0]))
+
+
+def differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Fields in which contracts differ, with every side's value; a side without the field has None there.
+
+    Nested fields are named by their path, `calibration.n_samples`. An evaluation that some sides lack is no difference.
+    """
+    flat = [_flat(without_seed(side)) for side in sides]
+    names = dict.fromkeys(name for side in flat for name in side)
+    found = {name: [side.get(name) for side in flat] for name in names}
+    common = [set(side.get("evaluation") or ()) for side in sides]
+    return {
+        name: values
+        for name, values in found.items()
+        if any(value != values[0] for value in values) and not _not_everywhere(name, values, common)
+    }
+
+
+def _not_everywhere(name: str, values: Sequence[Any], evaluations: Sequence[set[str]]) -> bool:
+    """Whether a flat field is of an evaluation that some rows lack, and equal in those that have it."""
+    of = next(
+        (
+            e
+            for side in evaluations
+            for e in side
+            if name.startswith(f"evaluation.{e}.") or name == f"evaluation.{e}"
+        ),
+        None,
+    )
+    if of is None:
+        return False
+    present = [value for value, side in zip(values, evaluations, strict=True) if of in side]
+    return all(value == present[0] for value in present)
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def canonical_json(value: Any) -> str:

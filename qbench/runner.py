@@ -5,9 +5,6 @@ The only place where methods, engine, data and evaluators meet. The command line
 
 from __future__ import annotations
 
-import hashlib
-import json
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,35 +15,35 @@ import torch
 
 from qbench import provenance
 from qbench.config import RunConfig, validated
-from qbench.data.text import Text, load_text, parse_dataset
-from qbench.data.windows import TokenWindows, draw_calibration, evaluation_windows
+from qbench.data.text import load_text, parse_dataset
+from qbench.data.windows import TokenWindows, draw_calibration
 from qbench.deploy.folder import save_plain
 from qbench.engine import attention
 from qbench.engine.checkpoint import Checkpoint
-from qbench.engine.install import on_device, quantized
+from qbench.engine.install import quantized
 from qbench.engine.progress import Listener
 from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, NumericalError, UnsupportedSchemeError
-from qbench.evals.perplexity import perplexity, protocol_name
+from qbench.evaluate import (
+    Suite,
+    baseline_cache,
+    cache_metrics,
+    cached_metrics,
+    choose_device,
+    model_fingerprint,
+    peak_cpu_bytes,
+    score,
+    scored_text,
+)
 from qbench.methods import METHODS
 from qbench.methods.base import Method
 from qbench.models.loading import EMBEDDED, LoadedModel, load_model
-from qbench.results import BASELINE, Cost, Metric, Result, ResultStore, require_writable, write_atomically
+from qbench.results import BASELINE, Cost, Metric, Result, ResultStore, require_writable
 from qbench.scheme import Scheme
 
 EMBEDDED_SAMPLES, PUBLISHED_SAMPLES = 16, 128
 PUBLISHED_SEQ_LEN, EMBEDDED_SEQ_LEN = 2048, 256
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """One text to score."""
-
-    name: str
-    windows: TokenWindows
-    protocol: str
-    n_total: int
 
 
 def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
@@ -79,7 +76,7 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
             f"resume={config.resume!r} is not a folder. Give the output folder of an earlier run; the parameter files "
             "(.pth) of the authors' programs are not read by this version."
         )
-    device = _device(config.compute.device)
+    device = choose_device(config.compute.device)
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
 
@@ -96,14 +93,10 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     settings = _settings(config, device, loaded)
 
     listener.stage("calibration")
-    calibration, evaluations, notes = _texts(config, loaded)
-    contract, fields = provenance.contract(
-        _contract_fields(config, loaded, settings, calibration, evaluations)
-    )
+    calibration, suite, notes = _texts(config, loaded)
+    contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
     store = ResultStore(config.output)
-    common = _Common(
-        config, loaded, settings, calibration, evaluations, contract, fields, store, listener, notes
-    )
+    common = _Common(config, loaded, settings, calibration, suite, contract, fields, store, listener, notes)
     for lane, method in lanes:
         _attach_checkpoint(lane, method, common)
     if config.resume is not None and not any(lane.checkpoint for lane, _ in lanes):
@@ -144,27 +137,12 @@ class _Common:
     loaded: LoadedModel
     settings: EngineSettings
     calibration: TokenWindows
-    evaluations: Sequence[_Evaluation]
+    suite: Suite
     contract: str
     fields: dict[str, Any]
     store: ResultStore
     listener: Listener
     notes: Sequence[str]
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device={asked}: torch sees no CUDA device here. Use --device cpu, or leave it out."
-        )
-    device = torch.device(asked)
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={asked}: there are {torch.cuda.device_count()} CUDA devices here, counted from 0."
-        )
-    return device
 
 
 def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> EngineSettings:
@@ -213,8 +191,8 @@ def _lanes(
     return lanes
 
 
-def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, list[_Evaluation], list[str]]:
-    """Calibration windows and evaluation windows, with the defaults that depend on the model."""
+def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, Suite, list[str]]:
+    """Calibration windows and what is evaluated, with the defaults that depend on the model."""
     embedded = loaded.name in EMBEDDED
     calibration = config.calibration
     source = calibration.dataset if calibration.dataset != "auto" else "stdlib" if embedded else "wikitext2"
@@ -233,24 +211,16 @@ def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, list[_
     _, target = parse_dataset(source)
     text = load_text(target, "calibration")
     windows = draw_calibration(text, loaded.tokenizer, n_samples, seq_len, calibration.seed)
-    evaluations, notes = [], []
-    for spec in config.evals.datasets:
-        name, target = parse_dataset(source if spec == "auto" else spec)
-        evaluation_text = load_text(target, "evaluation")
-        evaluations.append(_evaluation(name, evaluation_text, loaded, eval_seq_len, config.evals.limit))
-        if evaluation_text.fingerprint == text.fingerprint:
-            notes.append(f"calibrated and evaluated on the same text ({name})")
-    return windows, evaluations, notes
-
-
-def _evaluation(name: str, text: Text, loaded: LoadedModel, seq_len: int, limit: int | None) -> _Evaluation:
-    every = evaluation_windows(text, loaded.tokenizer, seq_len)
-    windows = evaluation_windows(text, loaded.tokenizer, seq_len, limit) if limit else every
-    applied = limit if len(windows.ids) < len(every.ids) else None
-    cut = "non-overlapping" if text.documents is None else "random, within documents"
-    return _Evaluation(
-        name, windows, protocol_name(name, seq_len, windows.split, applied, cut), len(every.ids)
-    )
+    texts = [
+        scored_text(source if spec == "auto" else spec, loaded.tokenizer, eval_seq_len, config.evals.limit)
+        for spec in config.evals.datasets
+    ]
+    notes = [
+        f"calibrated and evaluated on the same text ({scored.name})"
+        for scored in texts
+        if scored.fingerprint == text.fingerprint
+    ]
+    return windows, Suite(texts, config.evals.batch_size), notes
 
 
 def _contract_fields(
@@ -258,22 +228,23 @@ def _contract_fields(
     loaded: LoadedModel,
     settings: EngineSettings,
     calibration: TokenWindows,
-    evaluations: Sequence[_Evaluation],
+    suite: Suite,
 ) -> dict[str, Any]:
     """Everything that is not the method: two rows with equal fields differ by their methods only."""
     return {
-        "model": model_fingerprint(loaded),
+        "model": model_fingerprint(loaded.model, loaded.location),
         "model_dtype": str(loaded.model.dtype).removeprefix("torch."),
         "calibration": {
             "dataset": calibration.dataset,
+            "text": calibration.text_fingerprint,
+            "drawn": calibration.scheme_note,
+            "seed": config.calibration.seed,
             "tokens": calibration.fingerprint,
             "n_samples": len(calibration.ids),
             "seq_len": calibration.ids.shape[1],
             "bos": calibration.bos_policy,
         },
-        "evaluation": {
-            e.name: {"protocol": e.protocol, "tokens": e.windows.fingerprint} for e in evaluations
-        },
+        "evaluation": suite.contract_fields(),
         "operands": {
             "linear_inputs": "per token, asymmetric, dynamic",
             "attention": f"q, k, v {settings.attention_granularity}; softmax not quantized",
@@ -282,17 +253,6 @@ def _contract_fields(
         "arithmetic": str(settings.autocast or torch.float32).removeprefix("torch."),
         "inputs_of_later_blocks": "quantized path",
     }
-
-
-def model_fingerprint(loaded: LoadedModel) -> str:
-    """Identity of a model by content: its folder's files, or the weights themselves for a hub name."""
-    if Path(loaded.location).is_dir():
-        return provenance.fingerprint_folder(loaded.location)
-    digest = hashlib.sha256()
-    for name, tensor in loaded.model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _attach_checkpoint(lane: Lane, method: Method, common: _Common) -> None:
@@ -316,55 +276,29 @@ def _attach_checkpoint(lane: Lane, method: Method, common: _Common) -> None:
 
 def _evaluate(common: _Common, label: str) -> dict[str, Metric]:
     """Score the model as it is now."""
-    metrics = {}
-    loaded, settings = common.loaded, common.settings
-    with on_device(loaded.model, loaded.blocks, settings.device):
-        for evaluation in common.evaluations:
-            ids = evaluation.windows.ids
-            result = perplexity(
-                loaded.model,
-                ids,
-                batch_size=common.config.evals.batch_size or settings.forward_batch(ids.shape[1]),
-                device=settings.device,
-                progress=lambda done, total: common.listener.evaluating(label, done, total),
-            )
-            metrics[f"{evaluation.name}/perplexity"] = Metric(
-                value=result.value,
-                stderr=result.stderr,
-                n=len(result.window_nll),
-                n_total=evaluation.n_total,
-                protocol=evaluation.protocol,
-                items=result.window_nll,
-            )
-    return metrics
+    return score(
+        common.loaded.model,
+        common.loaded.blocks,
+        common.suite,
+        common.settings.device,
+        lambda done, total: common.listener.evaluating(label, done, total),
+    )
 
 
 def _baseline(common: _Common) -> Result:
     """Row of the full-precision model; its measurements are cached by content."""
-    fields = common.fields
-    key = provenance.sha256_json(
-        {k: fields[k] for k in ("model", "model_dtype", "evaluation")}
-        | {"device": common.settings.device.type}
-    )
-    cache = common.store.folder / "cache" / f"baseline-{key[:24]}.json"
+    cache = baseline_cache(common.store.folder, common.fields, common.settings.device)
     notes: list[str] = []
     started = time.perf_counter()
     common.listener.stage("evaluate", BASELINE)
-    metrics = {} if common.config.restart else _read_cache(cache)
+    metrics = {} if common.config.restart else cached_metrics(cache)
     if not metrics:
         metrics = _evaluate(common, BASELINE)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, json.dumps({k: m.model_dump() for k, m in metrics.items()}).encode())
-    cost = Cost(seconds=0.0, peak_cpu_bytes=_peak_cpu(), stages={"evaluate": time.perf_counter() - started})
+        cache_metrics(cache, metrics)
+    cost = Cost(
+        seconds=0.0, peak_cpu_bytes=peak_cpu_bytes(), stages={"evaluate": time.perf_counter() - started}
+    )
     return _record(common, BASELINE, Scheme(16, 16), {}, metrics, 16.0, cost, notes, None)
-
-
-def _read_cache(path: Path) -> dict[str, Metric]:
-    """Cached metrics, or none where the file is missing or damaged: measuring again costs only time."""
-    try:
-        return {name: Metric(**m) for name, m in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
 
 
 def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) -> Result:
@@ -387,7 +321,7 @@ def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) ->
     cost = Cost(
         seconds=result.seconds,
         peak_gpu_bytes=result.peak_gpu_bytes,
-        peak_cpu_bytes=_peak_cpu(),
+        peak_cpu_bytes=peak_cpu_bytes(),
         stages={"quantize": result.seconds, "evaluate": evaluated},
     )
     bits = (result.weight_bits + extra_bits) / n_weights
@@ -412,7 +346,9 @@ def _record(
         "method": method,
         "options": dict(options),
         "scheme": str(scheme),
+        # Nothing of the full-precision row depends on these: with several seeds it is still one record.
         "batch_size": compute.batch_size if result is not None else None,
+        "calibration": provenance.calibration_fingerprint(common.fields) if result is not None else None,
     }
     row = Result(
         id=provenance.sha256_json(identity),
@@ -432,15 +368,7 @@ def _record(
         blocks=result.records if result is not None else [],
         config=common.config.model_dump(mode="json"),
         provenance=provenance.environment(),
-        calibration={**common.fields["calibration"], "seed": common.config.calibration.seed},
+        calibration=common.fields["calibration"],
     )
     common.store.save(row)
     return row
-
-
-def _peak_cpu() -> int:
-    """Peak resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-__all__ = ["model_fingerprint", "run"]

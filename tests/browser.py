@@ -123,6 +123,20 @@ class Browser:
         deadline = time.monotonic() + 30
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next(deadline))
+        while not self.run("document.documentElement.dataset.ready"):
+            assert time.monotonic() < deadline, self.complaints
+            time.sleep(0.02)
+
+    def busy(self, script: str) -> float:
+        """Milliseconds of the page's own processor time that a script and what follows from it take."""
+        self.call("Performance.enable", timeDomain="threadTicks")
+        spent = []
+        for step in ("0", script):
+            self.run(f"{step}; document.body.offsetHeight")
+            metrics = {m["name"]: m["value"] for m in self.call("Performance.getMetrics")["metrics"]}
+            spent.append(metrics["TaskDuration"])
+        self.call("Performance.disable")
+        return 1000 * (spent[1] - spent[0])
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression; promises are awaited."""

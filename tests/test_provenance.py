@@ -131,3 +131,70 @@ def test_the_hub_cache_gives_the_same_fingerprint_without_reading_the_weights(tm
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No model weights"):
         provenance.fingerprint_folder(tmp_path)
+
+
+DRAW = {"dataset": "w", "text": "t1", "drawn": "random starts", "n_samples": 8, "seq_len": 16, "bos": "none"}
+
+
+def contract_of(evaluation: dict | None = None, **changes: object) -> str:
+    calibration = {**DRAW, "seed": 2, "tokens": "a", **changes}
+    return provenance.contract({"model": "m", "calibration": calibration, "evaluation": evaluation or {}})[0]
+
+
+def test_seeds_of_one_draw_share_a_contract_and_have_fingerprints_of_their_own() -> None:
+    one = {"calibration": {**DRAW, "seed": 0, "tokens": "a"}}
+    two = {"calibration": {**DRAW, "seed": 1, "tokens": "b"}}
+    assert contract_of(seed=0, tokens="a") == contract_of(seed=1, tokens="b")
+    assert provenance.calibration_fingerprint(one) != provenance.calibration_fingerprint(two)
+    assert provenance.same_base(one, two) and provenance.differences([one, two]) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": "t2"},
+        {"n_samples": 9},
+        {"seq_len": 17},
+        {"bos": "stream start"},
+        {"drawn": "whole"},
+        {"dataset": "v"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_defines_the_draw_is_in_the_contract(change: dict) -> None:
+    assert contract_of() != contract_of(**change)
+    name, value = next(iter(change.items()))
+    sides = [{"calibration": DRAW}, {"calibration": {**DRAW, **change}}]
+    assert provenance.differences(sides) == {f"calibration.{name}": [DRAW[name], value]}
+    assert not provenance.same_base(*sides)
+
+
+def test_a_record_that_does_not_name_its_text_keeps_its_tokens_in_the_hash() -> None:
+    old = [{"calibration": {"dataset": "w", "tokens": tokens}} for tokens in "ab"]
+    assert provenance.contract(old[0])[0] == provenance.sha256_json(old[0])  # as it was written then
+    assert provenance.contract(old[0])[0] != provenance.contract(old[1])[0]
+    assert provenance.calibration_fingerprint(old[0]) is None
+    assert provenance.calibration_fingerprint({}) is None
+    assert provenance.differences(old) == {"calibration.tokens": ["a", "b"]}
+
+
+def test_evaluations_that_one_side_lacks_are_no_difference_but_other_ones_of_a_name_are() -> None:
+    text = {"wiki": {"protocol": "p", "tokens": "x"}}
+    one = {"model": "m", "evaluation": text}
+    more = {"model": "m", "evaluation": {**text, "piqa": {"protocol": "q"}}}
+    other = {"model": "m", "evaluation": {"wiki": {"protocol": "p", "tokens": "y"}}}
+    assert provenance.contract(one)[0] != provenance.contract(more)[0]
+    assert provenance.same_base(one, more) and provenance.same_base(one, other)
+    assert provenance.differences([one, more]) == {}
+    assert provenance.differences([one, more, other]) == {"evaluation.wiki.tokens": ["x", "x", "y"]}
+    assert provenance.differences([one, {"model": "n", "evaluation": text}]) == {"model": ["m", "n"]}
+
+
+def test_an_evaluation_is_named_by_its_task_or_by_the_whole_key() -> None:
+    fields = {"evaluation": {"wiki": 1, "piqa/acc": 2}}
+    found = [
+        provenance.evaluation_of(fields, key)
+        for key in ("wiki/perplexity", "wiki/kl_mean", "piqa/acc", "c4/x")
+    ]
+    assert found == [1, 1, 2, None]
+    assert provenance.evaluation_of({}, "wiki/perplexity") is None

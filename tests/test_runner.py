@@ -215,7 +215,6 @@ def test_the_same_request_gives_the_same_row_elsewhere(here) -> None:
     ("section", "change"),
     [
         ("calibration", {"n_samples": 4}),
-        ("calibration", {"seed": 3}),
         ("calibration", {"seq_len": 16}),
         ("evals", {"limit": 2}),
         ("evals", {"seq_len": 16}),
@@ -231,6 +230,16 @@ def test_whatever_is_not_the_method_is_in_the_contract(here, section, change) ->
     first = here.run()
     second = here.run(**{section: request.get(section, {}) | change})
     assert first[1].contract != second[1].contract and first[1].id != second[1].id
+
+
+def test_another_seed_is_another_row_of_the_same_contract(here) -> None:
+    request = here.request()
+    first = here.run()
+    second = here.run(calibration=request["calibration"] | {"seed": 3})
+    assert first[0].id == second[0].id  # the full-precision model has not changed
+    assert first[1].contract == second[1].contract and first[1].id != second[1].id
+    assert first[1].calibration["tokens"] != second[1].calibration["tokens"]
+    assert [row.calibration["seed"] for row in (first[1], second[1])] == [2, 3]
 
 
 def test_two_batch_sizes_are_two_runs(here) -> None:

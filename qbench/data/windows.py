@@ -33,6 +33,7 @@ class TokenWindows:
     bos_policy: str  # "none", or where the tokenizer puts a BOS: "stream start", "document start"
     n_tokens_total: int  # of the whole text; of the drawn documents where windows come from documents
     scheme_note: str  # how the windows were cut
+    text_fingerprint: str  # sha256 of the text they were cut from, the same for every seed
 
 
 def draw_calibration(text: Text, tokenizer: Any, n_samples: int, seq_len: int, seed: int) -> TokenWindows:
@@ -129,7 +130,7 @@ def _windows(ids: Tensor, text: Text, tokenizer: Any, total: int, note: str) -> 
     bos = getattr(tokenizer, "bos_token_id", None)
     place = "stream start" if text.documents is None else "document start"
     policy = place if bos is not None and _encode(tokenizer, "a")[:1].tolist() == [bos] else "none"
-    return TokenWindows(ids, text.name, text.split, fingerprint(ids), policy, total, note)
+    return TokenWindows(ids, text.name, text.split, fingerprint(ids), policy, total, note, text.fingerprint)
 
 
 def _too_short(text: Text, n_tokens: int, needed: int) -> DataError:

@@ -38,11 +38,14 @@ def quantized_tensors(
 
     `dtype` is that of the quantized weights: the autocast type saves a cast before each product.
     """
-    tensors = apply_all(base, plan.transforms)
+    tensors = apply_all(base, plan.transforms, settle=grid.bits >= 16)
     if grid.bits < 16:
         for role, weight in tensors.weight.items():
             upper, lower = plan.clipping.logits(role) if plan.clipping is not None else (None, None)
-            tensors.weight[role] = fake_quantize(weight, grid, upper, lower, dtype)
+            tensors.weight[role] = fake_quantize(
+                weight, grid, upper, lower, dtype,
+                row_scale=tensors.row_scale.pop(role, None), column_scale=tensors.column_scale.pop(role, None),
+            )  # fmt: skip
     return tensors
 
 

@@ -86,8 +86,8 @@ class PreparedNorm(nn.Module):
         if self.matrix is not None:
             y = y @ self.matrix
         if self.output_grid is not None:
-            y = fake_quantize(y, self.output_grid, out_dtype=product_dtype(y))
-        return y
+            return fake_quantize(y, self.output_grid, out_dtype=product_dtype(y))
+        return y.to(product_dtype(y))  # once, instead of in each consumer
 
 
 class PreparedBlock(nn.Module):

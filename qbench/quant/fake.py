@@ -7,6 +7,7 @@ elementwise operations is what makes the authors' step slow; `reference()` is th
 
 With s the scale, z the zero point, t = x/s, r = round(t), q = clamp(r + z, 0, qmax), y = s·(q − z):
     ∂y/∂x = inside          ∂y/∂s = q − z − inside·t        (r − t inside, −z below, qmax − z above)
+With factors of rows and columns, x = R·B·C: ∂L/∂r_i = Σ_j g_ij·b_ij·c_j, ∂L/∂c_j = Σ_i g_ij·b_ij·r_i for g = ∂L/∂x.
     asymmetric  s = (σ(u)·max − σ(l)·min)/qmax;  symmetric  s = max(|σ(u)·max|, |σ(l)·min|)/(2^(b−1) − 1)
 The extremes receive the scale's gradient; ties share it equally.
 """
@@ -30,9 +31,17 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, out_dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        row_scale: Tensor | None,
+        column_scale: Tensor | None,
+        upper: Tensor | None,
+        lower: Tensor | None,
+        grid: Grid,
+        out_dtype: torch.dtype,
     ) -> Tensor:
-        grouped = grid.split(_wide(x))
+        scaled = _times_scales(_wide(x), row_scale, column_scale)
+        grouped = grid.split(scaled)
         # two reductions: torch.aminmax is 15 times slower on a CPU
         low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
         bottom, top = (low.clamp(max=0), high.clamp(min=0)) if grid.zero_in_range else (low, high)
@@ -47,14 +56,18 @@ class _ClosedForm(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             inside = _equal(rounded, levels)
             by_scale = torch.addcmul(levels, inside, t, value=-1)  # q − z − inside·t
-            ctx.save_for_backward(x, low, high, bottom, top, su, sl, scale, inside, by_scale)
+            ctx.save_for_backward(
+                x, row_scale, column_scale, scaled, low, high, bottom, top, su, sl, scale, inside, by_scale
+            )
             ctx.grid = grid
         return levels.mul(scale).reshape(x.shape).to(out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, high, bottom, top, su, sl, scale, inside, by_scale = ctx.saved_tensors
+        x, row_scale, column_scale, scaled, low, high, bottom, top, su, sl, scale, inside, by_scale = (
+            ctx.saved_tensors
+        )
         grid: Grid = ctx.grid
         g = grid.split(_wide(grad))
         grad_scale = by_scale.mul_(g).sum(-1, keepdim=True)
@@ -73,41 +86,74 @@ class _ClosedForm(torch.autograd.Function):
             grad_upper = (grad_top * top * (1 - su)).squeeze(-1)
             grad_lower = (grad_bottom * bottom * (1 - sl)).squeeze(-1)
             grad_top, grad_bottom = grad_top * su, grad_bottom * sl
-        if not ctx.needs_input_grad[0]:
-            return None, grad_upper, grad_lower, None, None
+        if not any(ctx.needs_input_grad[:3]):
+            return None, None, None, grad_upper, grad_lower, None, None
 
         if grid.zero_in_range:  # a widened end is the constant 0 and passes nothing on
             grad_top, grad_bottom = grad_top.masked_fill(high < 0, 0), grad_bottom.masked_fill(low > 0, 0)
-        grouped = grid.split(_wide(x))
-        grad_x = inside.mul_(g)
+        grouped = grid.split(scaled)
+        grad_scaled = inside.mul_(g)
         for extreme, incoming in ((high, grad_top), (low, grad_bottom)):
             at = _equal(grouped, extreme)
-            grad_x.addcmul_(at, incoming / at.sum(-1, keepdim=True))
-        return grad_x.reshape(x.shape).to(x.dtype), grad_upper, grad_lower, None, None
+            grad_scaled.addcmul_(at, incoming / at.sum(-1, keepdim=True))
+        grad_scaled = grad_scaled.reshape(x.shape)
+
+        grad_row = grad_column = grad_x = None
+        if row_scale is not None or column_scale is not None:
+            product = grad_scaled * _wide(x)
+            if row_scale is not None:
+                grad_row = product @ column_scale if column_scale is not None else product.sum(1)
+            if column_scale is not None:
+                grad_column = row_scale @ product if row_scale is not None else product.sum(0)
+        if ctx.needs_input_grad[0]:
+            grad_x = _times_scales(grad_scaled, row_scale, column_scale).to(x.dtype)
+        return grad_x, grad_row, grad_column, grad_upper, grad_lower, None, None
 
 
 class _Fused(torch.autograd.Function):
-    """The GPU path: one kernel each way, nothing kept but the inputs."""
+    """The GPU path: one kernel each way, nothing kept but the inputs and the groups' extremes."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, out_dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        row_scale: Tensor | None,
+        column_scale: Tensor | None,
+        upper: Tensor | None,
+        lower: Tensor | None,
+        grid: Grid,
+        out_dtype: torch.dtype,
     ) -> Tensor:
         from qbench.quant import fake_triton
 
         x = x.contiguous()
-        ctx.save_for_backward(x, upper, lower)
+        row_scale = None if row_scale is None else row_scale.contiguous()
+        column_scale = None if column_scale is None else column_scale.contiguous()
+        keep = any(ctx.needs_input_grad)
+        y, low, high = fake_triton.forward(x, row_scale, column_scale, upper, lower, grid, out_dtype, keep)
+        ctx.save_for_backward(x, row_scale, column_scale, low, high, upper, lower)
         ctx.grid = grid
-        return fake_triton.forward(x, upper, lower, grid, out_dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from qbench.quant import fake_triton
 
-        x, upper, lower = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0]
-        return (*fake_triton.backward(x, grad.contiguous(), upper, lower, ctx.grid, wanted), None, None)
+        x, row_scale, column_scale, low, high, upper, lower = ctx.saved_tensors
+        gradients = fake_triton.backward(
+            x,
+            row_scale,
+            column_scale,
+            grad.contiguous(),
+            low,
+            high,
+            upper,
+            lower,
+            ctx.grid,
+            ctx.needs_input_grad[0],
+        )
+        return (*gradients, None, None)
 
 
 def _path(x: Tensor, grid: Grid) -> type[torch.autograd.Function]:
@@ -122,6 +168,13 @@ def _path(x: Tensor, grid: Grid) -> type[torch.autograd.Function]:
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _times_scales(x: Tensor, row_scale: Tensor | None, column_scale: Tensor | None) -> Tensor:
+    """x [rows, columns] times a factor per row and per column."""
+    if row_scale is not None:
+        x = x * row_scale.unsqueeze(-1)
+    return x if column_scale is None else x * column_scale
 
 
 def _equal(a: Tensor, b: Tensor) -> Tensor:
@@ -140,11 +193,14 @@ def fake_quantize(
     upper: Tensor | None = None,
     lower: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize, differentiable by straight-through estimation.
 
     Serves weights (rows are output channels, with or without learned clipping) and activations (rows are
-    tokens, never clipped) alike.
+    tokens, never clipped) alike. A weight's diagonal factors are taken here rather than multiplied in before: the
+    scaled weight and its gradient then never reach memory.
 
     Args:
         x: [..., n]; half precision is computed in float32 and returned in its own dtype.
@@ -152,11 +208,13 @@ def fake_quantize(
         upper: Clipping logits of the upper ends, [..., groups], or None for no clipping.
         lower: Clipping logits of the lower ends.
         out_dtype: Of the result; default that of x. Half precision saves a cast where the next product wants it.
+        row_scale: Factor of each row [out] of a weight x [out, in], or None.
+        column_scale: Factor of each column [in].
 
     Returns:
         Values on the grid, in the shape of x.
     """
-    return _path(x, grid).apply(x, upper, lower, grid, out_dtype or x.dtype)
+    return _path(x, grid).apply(x, row_scale, column_scale, upper, lower, grid, out_dtype or x.dtype)
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """Fake quantization on a GPU: one fused kernel each way.
 
 The same closed form as `fake.py`, which stays the definition and the CPU path. A program holds whole groups in
-registers, so x is read once forward and once backward: with a bfloat16 result and gradient that is 6 + 10 bytes per
-element, the floor of this operation. Division is IEEE, rounding is to even: the codes are those of the CPU path.
+registers, so x is read once forward and once backward. Diagonal factors of a weight's rows and columns are multiplied
+in on the way, and their gradients are sums that never leave the chip but for one partial row per program: with a
+bfloat16 result and gradient that is 6 bytes per weight each way, and 4 more where x itself needs a gradient.
+Division is IEEE, rounding is to even: the codes are those of the CPU path. Sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from torch import Tensor
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import SCALE_MAX, SCALE_MIN, ZERO_POINT_LIMIT
 
-ELEMENTS_PER_PROGRAM = 4096
+ELEMENTS_PER_TILE = 4096
+TILES_PER_PROGRAM = 16  # of the backward pass where it sums over rows: fewer partial rows to write and add
 MAX_GROUP = 32768  # registers of one program
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(SCALE_MAX)
 _ZERO_LIMIT = tl.constexpr(ZERO_POINT_LIMIT)
@@ -30,19 +33,31 @@ def _round(x):
 
 
 @triton.jit
+def _factor(x, row_ptr, column_factor, row, n_rows, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+    """x times its row and column factors."""
+    if SCALE_ROWS:
+        x = x * tl.load(row_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)[:, None]
+    if SCALE_COLUMNS:
+        x = x * column_factor[None, :]
+    return x
+
+
+@triton.jit
+def _clip(upper_ptr, lower_ptr, at_group, valid, like, CLIP: tl.constexpr):
+    """Shares of the range's ends that are kept."""
+    upper = tl.zeros_like(like) + 1.0
+    lower = upper
+    if CLIP:
+        upper = tl.sigmoid(tl.load(upper_ptr + at_group, mask=valid, other=0.0))
+        lower = tl.sigmoid(tl.load(lower_ptr + at_group, mask=valid, other=0.0))
+    return upper, lower
+
+
+@triton.jit
 def _ranges(
-    x,
-    inside,
-    low,
-    high,
-    upper,
-    lower,
-    QMAX: tl.constexpr,
-    MID: tl.constexpr,
-    SYM: tl.constexpr,
-    ZERO: tl.constexpr,
-):
-    """Clipped ends, scale and zero point of each row; low and high are the row's true extremes."""
+    low, high, upper, lower, QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr
+):  # fmt: skip
+    """Clipped ends, scale and zero point of each group; low and high are its true extremes."""
     bottom, top = low, high
     if ZERO:
         bottom, top = tl.minimum(bottom, 0.0), tl.maximum(top, 0.0)
@@ -61,116 +76,189 @@ def _ranges(
 
 @triton.jit
 def _forward(
-    x_ptr, upper_ptr, lower_ptr, y_ptr, n_rows, width,
+    x_ptr, row_ptr, column_ptr, upper_ptr, lower_ptr, y_ptr, low_ptr, high_ptr, n_rows, width, n_groups,
     QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    group = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = (row[:, None] < n_rows) & (column[None, :] < width)
-    at = row[:, None].to(tl.int64) * width + column[None, :]
+    valid = row < n_rows
+    inside = valid[:, None] & (column[None, :] < width)
+    at = row[:, None].to(tl.int64) * (n_groups * width) + group * width + column[None, :]
+    column_factor = tl.zeros([BLOCK], tl.float32)
+    if SCALE_COLUMNS:
+        column_factor = tl.load(column_ptr + group * width + column, mask=column < width, other=0.0).to(
+            tl.float32
+        )
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = _factor(x, row_ptr, column_factor, row, n_rows, SCALE_ROWS, SCALE_COLUMNS)
     low = tl.min(tl.where(inside, x, float("inf")), 1)
     high = tl.max(tl.where(inside, x, -float("inf")), 1)
-    upper = tl.zeros_like(high) + 1.0
-    lower = upper
-    if CLIP:
-        upper = tl.sigmoid(tl.load(upper_ptr + row, mask=row < n_rows, other=0.0))
-        lower = tl.sigmoid(tl.load(lower_ptr + row, mask=row < n_rows, other=0.0))
-    _, _, scale, zero = _ranges(x, inside, low, high, upper, lower, QMAX, MID, SYM, ZERO)
+    at_group = row * n_groups + group
+    upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
+    _, _, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
     scale, zero = scale[:, None], zero[:, None]
     code = tl.minimum(tl.maximum(_round(tl.div_rn(x, scale)) + zero, 0.0), QMAX * 1.0)
     tl.store(y_ptr + at, ((code - zero) * scale).to(y_ptr.dtype.element_ty), mask=inside)
+    if KEEP:
+        tl.store(low_ptr + at_group, low, mask=valid)
+        tl.store(high_ptr + at_group, high, mask=valid)
 
 
 @triton.jit
 def _backward(
-    x_ptr, grad_ptr, upper_ptr, lower_ptr, grad_x_ptr, grad_upper_ptr, grad_lower_ptr, n_rows, width,
+    x_ptr, row_ptr, column_ptr, grad_ptr, low_ptr, high_ptr, upper_ptr, lower_ptr,
+    grad_x_ptr, grad_row_ptr, grad_column_ptr, grad_upper_ptr, grad_lower_ptr, n_rows, width, n_groups,
     QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
-    WANT_X: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, WANT_X: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
     column = tl.arange(0, BLOCK)
-    inside = (row[:, None] < n_rows) & (column[None, :] < width)
-    at = row[:, None].to(tl.int64) * width + column[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    low = tl.min(tl.where(inside, x, float("inf")), 1)
-    high = tl.max(tl.where(inside, x, -float("inf")), 1)
-    upper = tl.zeros_like(high) + 1.0
-    lower = upper
-    if CLIP:
-        upper = tl.sigmoid(tl.load(upper_ptr + row, mask=row < n_rows, other=0.0))
-        lower = tl.sigmoid(tl.load(lower_ptr + row, mask=row < n_rows, other=0.0))
-    bottom, top, scale, zero = _ranges(x, inside, low, high, upper, lower, QMAX, MID, SYM, ZERO)
+    column_factor = tl.zeros([BLOCK], tl.float32)
+    if SCALE_COLUMNS:
+        column_factor = tl.load(column_ptr + group * width + column, mask=column < width, other=0.0).to(
+            tl.float32
+        )
+    column_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(TILES):
+        row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        valid = row < n_rows
+        inside = valid[:, None] & (column[None, :] < width)
+        at = row[:, None].to(tl.int64) * (n_groups * width) + group * width + column[None, :]
+        base = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        x = _factor(base, row_ptr, column_factor, row, n_rows, SCALE_ROWS, SCALE_COLUMNS)
+        at_group = row * n_groups + group
+        low = tl.load(low_ptr + at_group, mask=valid, other=0.0)
+        high = tl.load(high_ptr + at_group, mask=valid, other=1.0)
+        upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
+        bottom, top, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
 
-    t = tl.div_rn(x, scale[:, None])
-    free = _round(t) + zero[:, None]
-    code = tl.minimum(tl.maximum(free, 0.0), QMAX * 1.0)
-    on_grid = tl.where(free == code, 1.0, 0.0)
-    grad_scale = tl.sum(g * (code - zero[:, None] - on_grid * t), 1)
-    grad_scale = tl.where((scale > _SCALE_MIN) & (scale < _SCALE_MAX), grad_scale, 0.0)
-    if SYM:
-        grad_scale = grad_scale / (MID - 1.0)
-        size_top, size_bottom = tl.abs(top), tl.abs(bottom)
-        share = tl.where(size_top == size_bottom, 0.5, tl.where(size_top > size_bottom, 1.0, 0.0))
-        grad_top = grad_scale * share * tl.where(top > 0, 1.0, tl.where(top < 0, -1.0, 0.0))
-        grad_bottom = grad_scale * (1.0 - share) * tl.where(bottom > 0, 1.0, tl.where(bottom < 0, -1.0, 0.0))
-    else:
-        grad_top = grad_scale / QMAX
-        grad_bottom = -grad_top
-    if CLIP:
-        tl.store(grad_upper_ptr + row, grad_top * top * (1.0 - upper), mask=row < n_rows)
-        tl.store(grad_lower_ptr + row, grad_bottom * bottom * (1.0 - lower), mask=row < n_rows)
-        grad_top, grad_bottom = grad_top * upper, grad_bottom * lower
-    if WANT_X:
-        if ZERO:
-            grad_top, grad_bottom = tl.where(high >= 0, grad_top, 0.0), tl.where(low <= 0, grad_bottom, 0.0)
-        at_high = tl.where(inside & (x == high[:, None]), 1.0, 0.0)
-        at_low = tl.where(inside & (x == low[:, None]), 1.0, 0.0)
-        grad_x = g * on_grid + at_high * (grad_top / tl.sum(at_high, 1))[:, None]
-        grad_x += at_low * (grad_bottom / tl.sum(at_low, 1))[:, None]
-        tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        t = tl.div_rn(x, scale[:, None])
+        free = _round(t) + zero[:, None]
+        code = tl.minimum(tl.maximum(free, 0.0), QMAX * 1.0)
+        on_grid = tl.where(free == code, 1.0, 0.0)
+        grad_scale = tl.sum(g * (code - zero[:, None] - on_grid * t), 1)
+        grad_scale = tl.where((scale > _SCALE_MIN) & (scale < _SCALE_MAX), grad_scale, 0.0)
+        if SYM:
+            grad_scale = grad_scale / (MID - 1.0)
+            size_top, size_bottom = tl.abs(top), tl.abs(bottom)
+            share = tl.where(size_top == size_bottom, 0.5, tl.where(size_top > size_bottom, 1.0, 0.0))
+            grad_top = grad_scale * share * tl.where(top > 0, 1.0, tl.where(top < 0, -1.0, 0.0))
+            grad_bottom = (
+                grad_scale * (1.0 - share) * tl.where(bottom > 0, 1.0, tl.where(bottom < 0, -1.0, 0.0))
+            )
+        else:
+            grad_top = grad_scale / QMAX
+            grad_bottom = -grad_top
+        if CLIP:
+            tl.store(grad_upper_ptr + at_group, grad_top * top * (1.0 - upper), mask=valid)
+            tl.store(grad_lower_ptr + at_group, grad_bottom * bottom * (1.0 - lower), mask=valid)
+            grad_top, grad_bottom = grad_top * upper, grad_bottom * lower
+        if WANT_X or SCALE_ROWS or SCALE_COLUMNS:
+            if ZERO:
+                grad_top, grad_bottom = (
+                    tl.where(high >= 0, grad_top, 0.0),
+                    tl.where(low <= 0, grad_bottom, 0.0),
+                )
+            at_high = tl.where(inside & (x == high[:, None]), 1.0, 0.0)
+            at_low = tl.where(inside & (x == low[:, None]), 1.0, 0.0)
+            grad_x = g * on_grid + at_high * (grad_top / tl.maximum(tl.sum(at_high, 1), 1.0))[:, None]
+            grad_x += at_low * (grad_bottom / tl.maximum(tl.sum(at_low, 1), 1.0))[:, None]
+            if SCALE_ROWS:
+                by_row = tl.where(inside, grad_x * base, 0.0)
+                if SCALE_COLUMNS:
+                    by_row = by_row * column_factor[None, :]
+                tl.store(grad_row_ptr + group * n_rows + row, tl.sum(by_row, 1), mask=valid)
+            if SCALE_COLUMNS:
+                by_column = tl.where(inside, grad_x * base, 0.0)
+                column_sum += _factor(by_column, row_ptr, column_factor, row, n_rows, SCALE_ROWS, False)
+            if WANT_X:
+                grad_x = _factor(grad_x, row_ptr, column_factor, row, n_rows, SCALE_ROWS, SCALE_COLUMNS)
+                tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    if SCALE_COLUMNS:
+        partial = tl.program_id(0).to(tl.int64) * (n_groups * width) + group * width + column
+        tl.store(grad_column_ptr + partial, tl.sum(column_sum, 0), mask=column < width)
 
 
-def _launch(width: int) -> tuple[int, int, int]:
-    """(rows per program, padded width, warps)."""
-    block = triton.next_power_of_2(width)
-    rows = max(1, ELEMENTS_PER_PROGRAM // block)
-    return rows, block, 4 if rows * block <= ELEMENTS_PER_PROGRAM else 8 if block <= 8192 else 16
+class _Launch:
+    """How a tensor is cut into programs."""
 
+    def __init__(self, x: Tensor, grid: Grid):
+        self.width = grid.group_size or x.shape[-1]
+        self.n_groups = x.shape[-1] // self.width
+        self.n_rows = x.numel() // x.shape[-1]
+        self.block = triton.next_power_of_2(self.width)
+        self.rows = max(1, ELEMENTS_PER_TILE // self.block)
+        self.warps = 4 if self.block <= ELEMENTS_PER_TILE else 8 if self.block <= 8192 else 16
+        self.constants = {
+            "QMAX": grid.qmax, "MID": grid.mid, "SYM": grid.symmetric, "ZERO": grid.zero_in_range,
+            "ROWS": self.rows, "BLOCK": self.block, "num_warps": self.warps,
+        }  # fmt: skip
 
-def _constants(grid: Grid) -> dict[str, object]:
-    return {"QMAX": grid.qmax, "MID": grid.mid, "SYM": grid.symmetric, "ZERO": grid.zero_in_range}
+    def programs(self, tiles: int = 1) -> tuple[int, int]:
+        """Grid of programs that take `tiles` tiles of rows each."""
+        return triton.cdiv(self.n_rows, self.rows * tiles), self.n_groups
 
 
 def forward(
-    x: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, out_dtype: torch.dtype
-) -> Tensor:
-    """Fake-quantized values of a contiguous x, in `out_dtype`."""
-    width = grid.group_size or x.shape[-1]
-    n_rows = x.numel() // width
+    x: Tensor,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    upper: Tensor | None,
+    lower: Tensor | None,
+    grid: Grid,
+    out_dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Fake-quantized values of a contiguous x, in `out_dtype`; and, if kept, every group's lowest and highest value."""
+    launch = _Launch(x, grid)
     y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    rows, block, warps = _launch(width)
-    _forward[(triton.cdiv(n_rows, rows),)](
-        x, upper, lower, y, n_rows, width,
-        **_constants(grid), CLIP=upper is not None, ROWS=rows, BLOCK=block, num_warps=warps,
+    ranges = [
+        torch.empty(launch.n_rows, launch.n_groups, device=x.device) if keep else None for _ in range(2)
+    ]
+    _forward[launch.programs()](
+        x, row_scale, column_scale, upper, lower, y, *ranges, launch.n_rows, launch.width, launch.n_groups,
+        CLIP=upper is not None, SCALE_ROWS=row_scale is not None, SCALE_COLUMNS=column_scale is not None, KEEP=keep,
+        **launch.constants,
     )  # fmt: skip
-    return y
+    return y, ranges[0], ranges[1]
 
 
 def backward(
-    x: Tensor, grad: Tensor, upper: Tensor | None, lower: Tensor | None, grid: Grid, want_x: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of (x, upper, lower); x and grad contiguous."""
-    width = grid.group_size or x.shape[-1]
-    n_rows = x.numel() // width
+    x: Tensor,
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    grad: Tensor,
+    low: Tensor,
+    high: Tensor,
+    upper: Tensor | None,
+    lower: Tensor | None,
+    grid: Grid,
+    want_x: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of (x, row_scale, column_scale, upper, lower); x and grad contiguous."""
+    launch = _Launch(x, grid)
+    tiles = TILES_PER_PROGRAM if column_scale is not None else 1
+    programs = launch.programs(tiles)
     grad_x = torch.empty_like(x) if want_x else None
+    # one partial sum per group, or per program: each is written by one program, so the sum's order is fixed
+    by_row = (
+        x.new_empty(launch.n_groups, launch.n_rows, dtype=torch.float32) if row_scale is not None else None
+    )
+    by_column = (
+        x.new_empty(programs[0], x.shape[-1], dtype=torch.float32) if column_scale is not None else None
+    )
     grad_upper = torch.empty_like(upper) if upper is not None else None
     grad_lower = torch.empty_like(lower) if lower is not None else None
-    rows, block, warps = _launch(width)
-    _backward[(triton.cdiv(n_rows, rows),)](
-        x, grad, upper, lower, grad_x, grad_upper, grad_lower, n_rows, width,
-        **_constants(grid), CLIP=upper is not None, WANT_X=want_x, ROWS=rows, BLOCK=block, num_warps=warps,
+    _backward[programs](
+        x, row_scale, column_scale, grad, low, high, upper, lower,
+        grad_x, by_row, by_column, grad_upper, grad_lower, launch.n_rows, launch.width, launch.n_groups,
+        CLIP=upper is not None, SCALE_ROWS=row_scale is not None, SCALE_COLUMNS=column_scale is not None,
+        WANT_X=want_x, TILES=tiles, **launch.constants,
     )  # fmt: skip
-    return grad_x, grad_upper, grad_lower
+    grad_row = by_row.sum(0) if by_row is not None else None
+    grad_column = by_column.sum(0) if by_column is not None else None
+    return grad_x, grad_row, grad_column, grad_upper, grad_lower

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qbench.reports import plot, stats
+from qbench.reports import plot
+from qbench.reports.columns import scheme_label
 from qbench.reports.layouts import short_name
-from qbench.reports.leaderboard import Entry, Section
+from qbench.reports.leaderboard import Entry, Section, difference_of
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,19 @@ def _competing(section: Section) -> list[Entry]:
 
 def _quality(section: Section, methods: Sequence[str]) -> Drawn:
     """Quality against effective bits, paired intervals where rows are paired."""
-    key = section.perplexities[0] if section.perplexities else None
     points: dict[str, plot.Point] = {}
     reference = None
     for entry in _competing(section):
-        bits = entry.result.bits_per_weight
-        score = entry.row.scores.get(key) if key and not section.task_keys else None
-        if bits is None:
+        bits, score = entry.result.bits_per_weight, entry.quality
+        if bits is None or score is None:
             continue
-        if section.task_keys and entry.tasks is not None:
-            y, half = 100 * entry.tasks.value, entry.tasks.half_width
-            half = None if half is None else 100 * half
-        elif score is not None and score.ratio is not None:
+        if score.higher_is_better:
+            y, half = 100 * score.value, None if score.half_width is None else 100 * score.half_width
+        elif score.ratio is not None:
             y, half, reference = score.ratio, score.ratio_half_width, 1.0
-        elif score is not None:
-            y, half = score.value, score.half_width
         else:
-            continue
-        label = f"{entry.row.label} {entry.result.scheme}: {y:.4g} at {bits:.2f} bits"
+            y, half = score.value, score.half_width
+        label = f"{entry.row.label} {scheme_label(entry.result)}: {y:.4g} at {bits:.2f} bits"
         label += f" (± {half:.2g})" if half else ""
         series, weight_only = methods.index(entry.result.method), entry.scheme.abits >= 16
         points[entry.result.id] = plot.Point(bits, y, label, series, half, entry.result.id, weight_only)
@@ -87,12 +83,11 @@ def _quality(section: Section, methods: Sequence[str]) -> Drawn:
         if entry.place == "front" and entry.result.id in points:
             groups.setdefault((entry.scheme.abits, entry.scheme.attention_bits[1]), []).append(entry)
     fronts = [sorted((points[e.result.id] for e in group), key=lambda p: p.x) for group in groups.values()]
-    if section.task_keys:
-        y_title = "tasks average, %"
-    elif reference:
-        y_title = f"{short_name(key or '')} ÷ full precision"
-    else:
-        y_title = short_name(key or "")
+    y_title = short_name(section.quality_key or "")
+    if reference:
+        y_title += " ÷ full precision"
+    elif any(e.quality is not None and e.quality.higher_is_better for e in section.entries):
+        y_title += ", %"
     svg = plot.scatter(
         list(points.values()), fronts, methods, "effective bits per weight", y_title, reference
     )
@@ -171,11 +166,9 @@ def _option_effects(section: Section) -> list[Drawn]:
         bars = []
         for entry in entries:
             differing = _differing(entry, centre)
-            a, b = entry.result.metrics.get(key), centre.result.metrics.get(key)
-            if len(differing) != 1 or a is None or b is None or not a.items or not b.items:
-                continue
-            effect = stats.paired_difference(a.items, b.items) if len(a.items) == len(b.items) else None
-            if effect is None or not a.log_scale:
+            metric = entry.result.metrics.get(key)
+            effect = difference_of(entry.row, centre.row, key) if len(differing) == 1 else None
+            if effect is None or metric is None or not metric.log_scale:
                 continue
             value, low, high = (100 * math.expm1(v) for v in (effect.mean, effect.low, effect.high))
             setting = f"{differing[0]}={_said(entry.result.options.get(differing[0]))}"

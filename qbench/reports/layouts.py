@@ -12,9 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from qbench.errors import unknown_name
-from qbench.reports.columns import MISSING, SHORT_NAMES, format_half_width, format_seconds, format_value
-from qbench.reports.comparison import Score
-from qbench.reports.leaderboard import DETAILS, Entry, Section, average_marks
+from qbench.reports.columns import (
+    MISSING,
+    SHORT_NAMES,
+    detail_keys,
+    format_half_width,
+    format_seconds,
+    format_value,
+    most,
+    scheme_label,
+)
+from qbench.reports.comparison import ACCURACIES, AVERAGE, Score
+from qbench.reports.leaderboard import Entry, Section
 from qbench.results import BASELINE, split_metric
 
 Mark = Literal["best", "tied", "second"]
@@ -77,8 +86,9 @@ def paper_sheets(
     for key in metrics:
         if key not in known:
             raise unknown_name("metric among these rows", key, known)
-    shown = list(metrics) or [k for k in known if split_metric(k)[1] not in DETAILS]
-    accuracies = {key for section in sections for key in section.task_keys}
+    details = detail_keys(known)
+    shown = list(metrics) or [key for key in known if key not in details]
+    accuracies = {key for key in shown if split_metric(key)[1] in ACCURACIES}
     others = [key for key in shown if key not in accuracies]
     sheets = []
     if columns in ("auto", "models", "schemes"):
@@ -91,24 +101,20 @@ def paper_sheets(
             else:
                 sheets += [_by_schemes(section, key) for section in there]
     if columns in ("auto", "tasks"):
-        wanted = set(shown if columns == "tasks" else shown if metrics else accuracies)
+        wanted = accuracies if columns == "auto" else set(shown)
         for section in sections:
-            keys = [
-                key
-                for key in section.table.metrics
-                if key in wanted and (columns == "tasks" or key in accuracies)
-            ]
+            keys = [key for key in section.table.metrics if key in wanted]
             sheets += [_by_tasks(section, keys)] if keys else []
     return sheets
 
 
-def ranks(scores: Mapping[str, Score], higher_is_better: bool) -> dict[str, Mark]:
+def ranks(scores: Mapping[str, Score]) -> dict[str, Mark]:
     """Marks of the rows of one scheme on one metric: the comparison's, and which is second."""
     marks: dict[str, Mark] = {key: score.mark for key, score in scores.items() if score.mark is not None}
     rest = {key: score.value for key, score in scores.items() if key not in marks}
     rest = {key: value for key, value in rest.items() if value == value}
     if marks and rest:
-        pick = max if higher_is_better else min
+        pick = max if any(score.higher_is_better for score in scores.values()) else min
         marks[pick(rest, key=lambda key: rest[key])] = "second"
     return marks
 
@@ -165,23 +171,18 @@ def _by_schemes(section: Section, key: str) -> Sheet:
 def _by_tasks(section: Section, keys: Sequence[str]) -> Sheet:
     """One model: schemes and methods for rows, tasks and their average for columns."""
     found = {key: _cells(section, key) for key in keys}
-    averages = _average_cells(section) if len(section.task_keys) > 1 else {}
     lines, previous = [], None
     for row in _schemes_together({row: {} for key in keys for row in found[key]}):
         scheme, label = row
         values = [found[key].get(row, Cell(MISSING)) for key in keys]
         if all(value.text == MISSING for value in values):
             continue
-        values += [averages.get(row, Cell(MISSING))] if averages else []
         heading = Cell(scheme if scheme != previous else "")
         lines.append(Line((heading, Cell(label), *values), dim=label == BASELINE, rule=scheme != previous))
         previous = scheme
-    header = ("scheme", "method", *(short_name(key) for key in keys), *(["average"] if averages else []))
+    header = ("scheme", "method", *(short_name(key) for key in keys))
     footer = tuple(f"{short_name(key)}: {_protocol(section, key)}" for key in keys)
     footer += (f"contract {section.contract[:8]}",)
-    if averages:
-        tasks = ", ".join(short_name(key) for key in section.task_keys)
-        footer = (f"average of {tasks}", *footer)
     return Sheet(f"{section.model}: tasks", header, 2, tuple(lines), footer)
 
 
@@ -191,42 +192,25 @@ FULL = "FP"
 def _cells(section: Section, key: str) -> dict[tuple[str, str], Cell]:
     """Cells of one metric by (scheme, label)."""
     cells: dict[tuple[str, str], Cell] = {}
+    marks = marks_of(section, key)
     for block in section.table.blocks:
-        scores = {row.result.id: row.scores[key] for row in block.rows if key in row.scores}
-        competing = {
-            row.result.id: scores[row.result.id]
-            for row in block.rows
-            if row.result.id in scores and not row.result.is_baseline
-        }
-        higher = any(row.result.metrics[key].higher_is_better for row in block.rows if key in row.scores)
-        marks = ranks(competing, higher)
         for row in block.rows:
-            where = (FULL if row.result.is_baseline else block.scheme, row.label)
-            if row.result.id in scores:
-                cells[where] = score_cell(key, scores[row.result.id], marks.get(row.result.id))
+            where = (FULL if row.result.is_baseline else scheme_label(row.result), row.label)
+            if key in row.scores:
+                cells[where] = score_cell(key, row.scores[key], marks.get(row.result.id))
             else:
                 cells.setdefault(where, Cell(MISSING))
     return cells
 
 
-def _average_cells(section: Section) -> dict[tuple[str, str], Cell]:
-    """Tasks averages by (scheme, label), ranked scheme by scheme."""
-    cells: dict[tuple[str, str], Cell] = {}
-    entries = {entry.result.id: entry for entry in section.entries}
+def marks_of(section: Section, key: str) -> dict[str, Mark]:
+    """Ranks on one metric within each scheme, by the row's id."""
+    marks: dict[str, Mark] = {}
     for block in section.table.blocks:
-        there = [entries[row.result.id] for row in block.rows]
-        scores = {
-            e.result.id: Score(e.tasks.value, mark=mark)
-            for marks in [average_marks(there, section.task_keys)]
-            for e in there
-            if e.tasks is not None and not e.result.is_baseline
-            for mark in [marks.get(e.result.id)]
-        }
-        second = ranks(scores, higher_is_better=True)
-        for entry in there:
-            scheme = FULL if entry.result.is_baseline else block.scheme
-            cells[scheme, entry.row.label] = average_cell(entry, second.get(entry.result.id))
-    return cells
+        marks |= ranks(
+            {r.result.id: r.scores[key] for r in block.rows if key in r.scores and not r.result.is_baseline}
+        )
+    return marks
 
 
 def score_cell(key: str, score: Score, mark: Mark | None = None) -> Cell:
@@ -249,33 +233,27 @@ def latency_keys(metrics: Iterable[str]) -> list[str]:
 
 
 def _leaderboard(section: Section) -> Sheet:
-    speeds = latency_keys(section.table.metrics)
-    keys = [*section.perplexities, *speeds]
-    header = ["scheme", "method", *(short_name(key) for key in keys)]
+    average = [AVERAGE] if AVERAGE in section.table.metrics else []
+    single = section.task_keys if len(section.task_keys) == 1 else ()
+    keys = [*section.perplexities, *single, *average, *latency_keys(section.table.metrics)]
     tables = {key: _cells(section, key) for key in keys}
-    labels = {
-        row.result.id: (block.scheme, row.label) for block in section.table.blocks for row in block.rows
-    }
     lines, previous = [], None
-    averages = _average_cells(section) if section.task_keys else {}
     for entry in section.entries:
-        scheme, label = labels[entry.result.id]
-        where = (FULL if entry.result.is_baseline else scheme, label)
-        cells = [tables[key].get(where, Cell(MISSING)) for key in keys]
-        cells += [averages.get(where, Cell(MISSING))] if averages else []
-        cells += costs(entry)
+        scheme = FULL if entry.result.is_baseline else scheme_label(entry.result)
+        cells = [tables[key].get((scheme, entry.row.label), Cell(MISSING)) for key in keys]
         star = "●" if entry.place == "front" else ""
         lines.append(
             Line(
-                (Cell(where[0]), Cell(f"{label} {star}".strip()), *cells),
+                (Cell(scheme), Cell(f"{entry.row.label} {star}".strip()), *cells, *costs(entry)),
                 dim=entry.result.is_baseline or entry.place == "dominated",
-                rule=where[0] != previous,
+                rule=scheme != previous,
             )
         )
-        previous = where[0]
-    header += ["tasks average"] if averages else []
+        previous = scheme
+    header = ["scheme", "method", *(short_name(key) for key in keys)]
     header += ["recovery %", "bits/weight", "time", "GPU GiB", "CPU GiB"]
     footer = [f"{short_name(key)}: {_protocol(section, key)}" for key in keys]
+    footer += [f"recovery: what is left of full precision's {short_name(section.quality_key or '')}, paired"]
     footer += ["● on the Pareto front of quality against stored bits (weights, activations, cache)"]
     footer += [f"contract {section.contract[:8]}"]
     return _without_empty(Sheet(section.model, tuple(header), 2, tuple(lines), tuple(footer)))
@@ -283,18 +261,17 @@ def _leaderboard(section: Section) -> Sheet:
 
 def costs(entry: Entry) -> list[Cell]:
     """Recovery, effective bits, time and memory of a row."""
-    result, recovery = entry.result, Cell(MISSING)
-    if entry.recovery is not None:
-        half = entry.recovery_half_width
-        value = 100 * entry.recovery
+    recovery, score = Cell(MISSING), entry.quality
+    if score is not None and score.recovery is not None and not entry.row.is_reference:
+        value, half = 100 * score.recovery, score.recovery_half_width
         recovery = Cell(f"{value:.1f}", "" if half is None else format_half_width(100 * half, value))
-    bits = result.bits_per_weight
+    bits, each = entry.result.bits_per_weight, [result.cost for result in entry.row.results]
     return [
         recovery,
         Cell(MISSING if bits is None else f"{bits:.2f}"),
-        Cell(format_seconds(result.cost.seconds)),
-        Cell(_gib(result.cost.peak_gpu_bytes)),
-        Cell(_gib(result.cost.peak_cpu_bytes)),
+        Cell(format_seconds(entry.row.seconds)),
+        Cell(_gib(most(cost.peak_gpu_bytes for cost in each))),
+        Cell(_gib(most(cost.peak_cpu_bytes for cost in each))),
     ]
 
 
@@ -307,14 +284,6 @@ def _without_empty(sheet: Sheet) -> Sheet:
     ]
     lines = tuple(replace(line, cells=tuple(line.cells[i] for i in kept)) for line in sheet.lines)
     return replace(sheet, header=tuple(sheet.header[i] for i in kept), lines=lines)
-
-
-def average_cell(entry: Entry, mark: Mark | None) -> Cell:
-    """The tasks average in percent."""
-    if entry.tasks is None:
-        return Cell(MISSING)
-    value, half = 100 * entry.tasks.value, entry.tasks.half_width
-    return Cell(format_value(value), "" if half is None else format_half_width(100 * half, value), mark)
 
 
 def _gib(size: int | None) -> str:
@@ -333,13 +302,15 @@ def _names(sections: Sequence[Section]) -> dict[Section, str]:
 def short_name(key: str) -> str:
     """A metric as a column's title: a task's accuracy by the task's name alone."""
     task, metric = split_metric(key)
-    return task if metric in ("acc", "acc_norm") else f"{task} {SHORT_NAMES.get(metric, metric)}"
+    if key == AVERAGE:
+        return "tasks average"
+    return task if metric == "acc" else f"{task} {SHORT_NAMES.get(metric, metric)}"
 
 
 def _title(key: str, sections: Sequence[Section]) -> str:
     task, metric = split_metric(key)
-    metrics = [e.result.metrics[key] for s in sections for e in s.entries if key in e.result.metrics]
-    arrow = "↑" if any(metric.higher_is_better for metric in metrics) else "↓"
+    scores = [e.row.scores[key] for s in sections for e in s.entries if key in e.row.scores]
+    arrow = "↑" if any(score.higher_is_better for score in scores) else "↓"
     return f"{task} {metric}{' %' if metric in PERCENT else ''} {arrow}"
 
 
@@ -352,7 +323,7 @@ def notes_of(sections: Sequence[Section]) -> tuple[str, ...]:
     notes: dict[str, list[str]] = {}
     for section in sections:
         for entry in section.entries:
-            who = f"{entry.row.label} {entry.result.scheme}"
+            who = f"{entry.row.label} {scheme_label(entry.result)}"
             for note in entry.row.notes:
                 if who not in notes.setdefault(note, []):
                     notes[note].append(who)

@@ -1,12 +1,14 @@
 """The page: one HTML file that needs nothing else, opened from a disk, a mail or a web server.
 
-The rows are in the page as a table, readable without a script; everything a row's dialog shows is beside them as JSON.
-Text from records is untrusted: the template escapes it, the JSON cannot end its script element, and the script turns
-it into text nodes only. A content security policy in the page forbids every request.
+The rows are in the page as a table, readable without a script; everything a row's dialog shows is beside them as
+compressed JSON. Text from records is untrusted: the template escapes it, the JSON is base64, and the script turns it
+into text nodes only. A content security policy in the page forbids every request.
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,21 +19,21 @@ from typing import Any
 from qbench import __version__
 from qbench.reports import figures
 from qbench.reports.bibliography import references
-from qbench.reports.columns import MISSING, format_half_width, format_value
+from qbench.reports.columns import MISSING, format_half_width, format_value, scheme_label
+from qbench.reports.comparison import AVERAGE
 from qbench.reports.drawing import as_latex
 from qbench.reports.layouts import (
     PERCENT,
     Cell,
     Sheet,
-    average_cell,
     costs,
     latency_keys,
+    marks_of,
     notes_of,
-    ranks,
     score_cell,
     short_name,
 )
-from qbench.reports.leaderboard import Entry, Section, average_marks
+from qbench.reports.leaderboard import Entry, Section
 from qbench.results import Result, split_metric
 
 TITLE = "Quantization results"
@@ -81,7 +83,7 @@ def as_html(sections: Sequence[Section], sheets: Sequence[Sheet], csv: str, titl
         css=Markup(read["page.css"]),
         js=Markup(read["page.js"]),
         columns=columns,
-        rows=[row for section in sections for row in _rows(section, keys, columns)],
+        rows=[row for section in sections for row in _rows(section, keys)],
         filters=_filters(results),
         recovery=_recovery_in_words(sections),
         plots=figures.plots(sections),
@@ -90,7 +92,7 @@ def as_html(sections: Sequence[Section], sheets: Sequence[Sheet], csv: str, titl
         notes=[dict(zip(("who", "text"), _split_note(note), strict=True)) for note in notes_of(sections)],
         foot=f"Made by qbench {__version__} from {len(results)} records, the newest of "
         f"{max(result.created for result in results)[:10]}. This page loads nothing from anywhere.",
-        data=Markup(_data(sections, sheets, csv)),
+        data=_data(sections, sheets, csv),
     )
     return text
 
@@ -108,7 +110,9 @@ def _lead(sections: Sequence[Section], results: Sequence[Result]) -> str:
 
 def _shown_keys(sections: Sequence[Section]) -> list[str]:
     """Metrics with a column of their own: perplexities and latencies."""
-    keys = [key for section in sections for key in section.perplexities]
+    keys = [AVERAGE] if any(AVERAGE in section.table.metrics for section in sections) else []
+    keys += [k for section in sections for k in section.task_keys if len(section.task_keys) == 1]
+    keys += [key for section in sections for key in section.perplexities]
     keys += [key for section in sections for key in latency_keys(section.table.metrics)]
     return list(dict.fromkeys(keys))
 
@@ -121,10 +125,8 @@ def _columns(sections: Sequence[Section], keys: Sequence[str]) -> list[_Column]:
         _Column("bits/weight", "number", "up", "stored bits of the blocks' linears per weight; sort"),
         _Column("recovery %", "value", "down", "how much of full precision's quality is left; sort"),
     ]
-    if any(section.task_keys for section in sections):
-        found.append(_Column("tasks avg %", "value", "down", "average of the tasks; sort"))
     found += [
-        *(_Column(short_name(key), "value") for key in keys),
+        *(_Column(short_name(key), "value", "down" if _upward(sections, key) else "up") for key in keys),
         _Column("time", "number"),
         _Column("GPU GiB", "number"),
         _Column("CPU GiB", "number"),
@@ -133,22 +135,24 @@ def _columns(sections: Sequence[Section], keys: Sequence[str]) -> list[_Column]:
     return found
 
 
-def _rows(section: Section, keys: Sequence[str], columns: Sequence[_Column]) -> Iterable[dict[str, Any]]:
+def _upward(sections: Sequence[Section], key: str) -> bool:
+    scores = [entry.row.scores.get(key) for section in sections for entry in section.entries]
+    return any(score.higher_is_better for score in scores if score is not None)
+
+
+def _rows(section: Section, keys: Sequence[str]) -> Iterable[dict[str, Any]]:
     marks = _marks(section, keys)
-    with_tasks = any(column.title == "tasks avg %" for column in columns)
     for entry in section.entries:
         result = entry.result
         recovery, bits, *rest = costs(entry)
+        share = None if recovery.text == MISSING or entry.quality is None else entry.quality.recovery
         cells = [
             _cell(Cell(entry.row.label), entry.row.label),
-            _cell(Cell(result.scheme), result.scheme),
+            _cell(Cell(scheme_label(result)), scheme_label(result)),
             _cell(Cell(result.model), result.model),
             _cell(bits, result.bits_per_weight),
-            _cell(recovery, entry.recovery, entry.recovery),
+            _cell(recovery, share, share),
         ]
-        if with_tasks:
-            cell = average_cell(entry, marks.get((result.id, "")))
-            cells.append(_cell(cell, entry.tasks.value if entry.tasks else None))
         for key in keys:
             score = entry.row.scores.get(key)
             cell = Cell(MISSING) if score is None else score_cell(key, score, marks.get((result.id, key)))
@@ -163,7 +167,7 @@ def _rows(section: Section, keys: Sequence[str], columns: Sequence[_Column]) -> 
             "scheme": result.scheme,
             "contract": result.contract,
             "place": "baseline" if result.is_baseline else entry.place or "",
-            "settings": entry.row.label.removeprefix(result.method).strip(),
+            "settings": _settings(entry),
             "n_notes": len(entry.row.notes),
             "cells": cells,
         }
@@ -177,19 +181,16 @@ def _cell(cell: Cell, sort: float | str | None, bar: float | None = None) -> dic
     return {"text": cell.text, "half": cell.half_width, "mark": mark, "sort": value, "bar": share}
 
 
+def _settings(entry: Entry) -> str:
+    """What tells a row from others of its method: options, and how many calibration seeds."""
+    settings = entry.row.label.removeprefix(entry.result.method).strip()
+    n = len(entry.row.results)
+    return f"{settings} ({n} seeds)".strip() if n > 1 else settings
+
+
 def _marks(section: Section, keys: Sequence[str]) -> dict[tuple[str, str], Any]:
-    """Ranks within each scheme by (row, metric); the metric of the tasks average is empty."""
-    marks: dict[tuple[str, str], Any] = {}
-    entries = {entry.result.id: entry for entry in section.entries}
-    for block in section.table.blocks:
-        competing = [row for row in block.rows if not row.result.is_baseline]
-        for key in keys:
-            scores = {row.result.id: row.scores[key] for row in competing if key in row.scores}
-            higher = any(row.result.metrics[key].higher_is_better for row in competing if key in row.scores)
-            marks |= {(id, key): mark for id, mark in ranks(scores, higher).items()}
-        there = [entries[row.result.id] for row in competing]
-        marks |= {(id, ""): mark for id, mark in average_marks(there, section.task_keys).items()}
-    return marks
+    """Ranks within each scheme by (row, metric)."""
+    return {(id, key): mark for key in keys for id, mark in marks_of(section, key).items()}
 
 
 def _filters(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -204,9 +205,14 @@ def _filters(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _recovery_in_words(sections: Sequence[Section]) -> str:
-    if any(section.task_keys for section in sections):
-        return "recovery: tasks average ÷ full precision's; without tasks, full precision's perplexity ÷ the row's"
-    return "recovery: full precision's perplexity ÷ the row's, paired window by window"
+    names = list(
+        dict.fromkeys(short_name(section.quality_key) for section in sections if section.quality_key)
+    )
+    return (
+        f"recovery: what is left of full precision's {' or '.join(names)}, paired item by item"
+        if names
+        else ""
+    )
 
 
 def _contract(section: Section) -> dict[str, Any]:
@@ -247,7 +253,7 @@ class _Table:
 
 
 def _data(sections: Sequence[Section], sheets: Sequence[Sheet], csv: str) -> str:
-    """What the script needs, as JSON that is safe inside a script element."""
+    """What the script needs: every record but its items, what many share stored once."""
     protocols, environments, configs, calibrations = _Table(), _Table(), _Table(), _Table()
     rows = {}
     contracts: dict[str, Any] = {}
@@ -264,7 +270,8 @@ def _data(sections: Sequence[Section], sheets: Sequence[Sheet], csv: str) -> str
                 "created": result.created,
                 "contract": result.contract,
                 "facts": _facts(entry),
-                "metrics": {key: _metric(entry, key, marks, protocols) for key in result.metrics},
+                "metrics": {key: _metric(section, entry, key, marks, protocols) for key in entry.row.scores},
+                "seeds": _seeds(entry),
                 "notes": list(entry.row.notes),
                 "options": result.options,
                 "transforms": [
@@ -292,15 +299,15 @@ def _data(sections: Sequence[Section], sheets: Sequence[Sheet], csv: str) -> str
         "calibrations": calibrations.values,
         "csv": csv,
         "latex": as_latex(sheets, notes_of(sections)),
-        "bibtex": references(entry.result.method for section in sections for entry in section.entries),
+        "bibtex": references(e.result.method for section in sections for e in section.entries),
     }
-    return script_safe(data)
+    return packed(data)
 
 
-def script_safe(data: Any) -> str:
-    """JSON that neither ends a script element nor opens a comment in it; NaN and infinities as text."""
+def packed(data: Any) -> str:
+    """JSON, compressed, as base64: a fifth of the text, and nothing in it can end a script element."""
     text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False, default=str)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _finite(value: Any) -> Any:
@@ -321,8 +328,6 @@ def _facts(entry: Entry) -> dict[str, str]:
     names = ("recovery %", "bits/weight", "time", "GPU GiB", "CPU GiB")
     cells = [(name, cell) for name, cell in zip(names, costs(entry), strict=True) if cell.text != MISSING]
     facts = {name: f"{cell.text} {cell.half_width}".strip() for name, cell in cells}
-    if entry.tasks is not None:
-        facts["tasks average %"] = f"{100 * entry.tasks.value:.2f}"
     if entry.place is not None:
         facts["Pareto"] = "on the front" if entry.place == "front" else "dominated"
     for name, seconds in entry.result.cost.stages.items():
@@ -331,19 +336,19 @@ def _facts(entry: Entry) -> dict[str, str]:
 
 
 def _metric(
-    entry: Entry, key: str, marks: Mapping[tuple[str, str], Any], protocols: _Table
+    section: Section, entry: Entry, key: str, marks: Mapping[tuple[str, str], Any], protocols: _Table
 ) -> dict[str, Any]:
-    metric, score = entry.result.metrics[key], entry.row.scores[key]
+    metric, score = entry.result.metrics.get(key), entry.row.scores[key]
     factor = 100 if split_metric(key)[1] in PERCENT else 1
     half = (
         "" if score.half_width is None else format_half_width(score.half_width * factor, score.value * factor)
     )
     found: dict[str, Any] = {
         "text": f"{format_value(score.value * factor)}{' %' if factor == 100 else ''} {half}".strip(),
-        "n": metric.n,
-        "protocol": protocols.place(metric.protocol),
+        "n": metric.n if metric else len(section.task_keys),
+        "protocol": protocols.place(metric.protocol if metric else section.table.protocols.get(key, MISSING)),
     }
-    if metric.n_total is not None:
+    if metric is not None and metric.n_total is not None:
         found["n_total"] = metric.n_total
     if score.ratio is not None and not entry.row.is_reference:
         around = (
@@ -352,6 +357,17 @@ def _metric(
         found["ratio"] = f"{format_value(score.ratio)} {around}".strip()
     mark = marks.get((entry.result.id, key))
     return found | ({"mark": mark} if mark else {})
+
+
+def _seeds(entry: Entry) -> list[list[Any]]:
+    """Of a row with several calibration seeds: each record's seed, id and value."""
+    if len(entry.row.results) < 2:
+        return []
+    first = next((key for key in entry.row.scores if key in entry.result.metrics), "")
+    return [
+        [r.calibration.get("seed"), r.id[:12], format_value(r.metrics[first].value) if first else MISSING]
+        for r in entry.row.results
+    ]
 
 
 def _blocks(result: Result) -> dict[str, Any] | None:

@@ -67,10 +67,8 @@ def as_csv(sections: Sequence[Section]) -> str:
             lines.append(
                 csv_fields(entry.row, metrics)
                 | {
-                    "tasks_average": entry.tasks.value if entry.tasks else None,
-                    "tasks_average half_width_95": entry.tasks.half_width if entry.tasks else None,
-                    "recovery": entry.recovery,
-                    "recovery half_width_95": entry.recovery_half_width,
+                    "recovery": entry.quality.recovery if entry.quality else None,
+                    "recovery half_width_95": entry.quality.recovery_half_width if entry.quality else None,
                     "pareto": entry.place,
                 }
             )

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TENSOR_CORE_ELEMENTS = 1 << 20
+COARSE_DTYPE = torch.bfloat16  # of `_coarse_product`
 
 
 class _Inverse(torch.autograd.Function):
@@ -35,9 +36,11 @@ class _Inverse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (inverse,) = ctx.saved_tensors
-        transposed = inverse.mT
-        with tensor_cores(inverse):
-            return -(transposed @ grad @ transposed), None
+        if _large(inverse):
+            half = inverse.to(COARSE_DTYPE)
+            left = half.mT @ grad.to(COARSE_DTYPE)
+            return torch.baddbmm(left, left, half.mT, beta=0, alpha=-1).to(grad.dtype), None
+        return -(inverse.mT @ grad @ inverse.mT), None
 
 
 class WarmInverse:
@@ -56,7 +59,9 @@ class WarmInverse:
         self.iterations = iterations
         self.residual = torch.zeros((), device=matrix.device)
         self.scaled_inverse = torch.empty_like(matrix)
-        self.identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        self.identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(
+            matrix
+        )
         self.restart(matrix)
 
     @staticmethod
@@ -77,11 +82,12 @@ class WarmInverse:
         """Inverse of the matrix as it is now; remembers it and the largest residual met."""
         rows, columns = self._scales(matrix)
         scaled, y = matrix * rows * columns, self.scaled_inverse
-        with tensor_cores(matrix):
-            for _ in range(self.iterations):
-                defect = self.identity - scaled @ y
-                y = y + y @ defect
-        self.residual.copy_(torch.maximum(self.residual, defect.abs().sum(-1).amax()))
+        for _ in range(self.iterations):
+            with tensor_cores(matrix):
+                defect = torch.baddbmm(self.identity, scaled, y, alpha=-1)
+            # the defect is small, so its product needs few digits
+            y = y + _coarse_product(y, defect, y)
+        self.residual.copy_(torch.maximum(self.residual, torch.linalg.vector_norm(defect, 1, -1).amax()))
         self.scaled_inverse.copy_(y)
         return y * columns.mT * rows.mT
 
@@ -90,16 +96,27 @@ class WarmInverse:
 def tensor_cores(operand: Tensor) -> Iterator[None]:
     """TF32 products for large operands on a GPU: 7 times faster at 4096, relative error 3e-4; folds use float64."""
     allowed = torch.backends.cuda.matmul.allow_tf32
-    large = operand.is_cuda and operand.numel() >= TENSOR_CORE_ELEMENTS
-    torch.backends.cuda.matmul.allow_tf32 = allowed or large
+    torch.backends.cuda.matmul.allow_tf32 = allowed or _large(operand)
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
+def _large(operand: Tensor) -> bool:
+    """Whether products with it are bound by arithmetic: on a GPU, from a million elements on."""
+    return operand.is_cuda and operand.numel() >= TENSOR_CORE_ELEMENTS and operand.dtype == torch.float32
+
+
+def _coarse_product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """a @ b where three digits are enough: in a backward pass, whose gradient comes out of half-precision products."""
+    if _large(_larger(a, b)):
+        return (a.to(COARSE_DTYPE) @ b.to(COARSE_DTYPE)).to(like.dtype)
+    return a @ b
+
+
 class _Product(torch.autograd.Function):
-    """a @ b for matrices or batches of them, all three products under `tensor_cores`."""
+    """a @ b for matrices or batches of them, under `tensor_cores`; its backward in half precision where that pays."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -111,9 +128,8 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
-        with tensor_cores(_larger(a, b)):
-            grad_a = grad @ b.mT if ctx.needs_input_grad[0] else None
-            grad_b = a.mT @ grad if ctx.needs_input_grad[1] else None
+        grad_a = _coarse_product(grad, b.mT, a) if ctx.needs_input_grad[0] else None
+        grad_b = _coarse_product(a.mT, grad, b) if ctx.needs_input_grad[1] else None
         return grad_a, grad_b
 
 
@@ -154,6 +170,11 @@ class Diagonal:
     """A = diag(scale), scale [groups, width]."""
 
     scale: Tensor
+
+    @property
+    def factors(self) -> Tensor:
+        """The diagonal over all channels, [groups·width]."""
+        return self.scale.reshape(-1)
 
     def undo_rows(self, x: Tensor) -> Tensor:
         """x / scale."""

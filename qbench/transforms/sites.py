@@ -39,7 +39,7 @@ def rewrite(tensors: BlockTensors, spec: BlockSpec, site: Site, a: Map | None, s
         _outputs(tensors, site.producer, a, undo=True)
         (consumer,) = site.consumers
         repeats = spec.heads_per_group if site.kind == "value" else 1
-        tensors.weight[consumer] = a.repeat(repeats).apply_rows(tensors.weight[consumer])
+        _inputs(tensors, consumer, a.repeat(repeats))
 
 
 def _shift(tensors: BlockTensors, spec: BlockSpec, site: Site, shift: Tensor) -> None:
@@ -48,7 +48,7 @@ def _shift(tensors: BlockTensors, spec: BlockSpec, site: Site, shift: Tensor) ->
         if site.kind == "value" and spec.heads_per_group > 1:
             heads = shift.reshape(spec.n_kv_heads, spec.head_dim)
             seen = heads.repeat_interleave(spec.heads_per_group, 0).reshape(-1)
-        tensors.add_bias(role, tensors.weight[role] @ seen)
+        tensors.add_bias(role, tensors.times(role, seen))
     if site.kind == "norm":
         assert tensors.norm_matrix[site.producer] is None, (
             "a shift must come before a full matrix at the same norm"
@@ -74,11 +74,26 @@ def _norm(tensors: BlockTensors, site: Site, a: Map) -> None:
         if bias is not None:
             tensors.norm_bias[norm] = a.undo_rows(bias)
     for role in site.consumers:
+        _inputs(tensors, role, a)
+
+
+def _inputs(tensors: BlockTensors, role: str, a: Map) -> None:
+    """W ← W·Aᵀ; a diagonal is left pending."""
+    if isinstance(a, Diagonal):
+        tensors.scale_columns(role, a.factors)
+    else:
+        tensors.settle_columns(role)
         tensors.weight[role] = a.apply_rows(tensors.weight[role])
 
 
 def _outputs(tensors: BlockTensors, role: str, a: Map, *, undo: bool) -> None:
-    weight, bias = tensors.weight[role], tensors.bias[role]
-    tensors.weight[role] = a.undo_outputs(weight) if undo else a.apply_outputs(weight)
+    """W ← A⁻ᵀ·W or A·W, and the bias; a diagonal is left pending."""
+    if isinstance(a, Diagonal):
+        tensors.scale_rows(role, 1 / a.factors if undo else a.factors)
+    else:
+        tensors.settle_rows(role)
+        weight = tensors.weight[role]
+        tensors.weight[role] = a.undo_outputs(weight) if undo else a.apply_outputs(weight)
+    bias = tensors.bias[role]
     if bias is not None:
         tensors.bias[role] = a.undo_rows(bias) if undo else a.apply_rows(bias)

@@ -257,12 +257,15 @@ def _push_from_zero(x: Tensor) -> None:
     x.copy_(torch.where(x.abs() < GUARD_MIN, x.sign() * GUARD_MIN, x))
 
 
-def apply_all(base: BlockTensors, transforms: Sequence[Transform]) -> BlockTensors:
-    """Tensors of the block after all transforms, in order; `base` is left as it was."""
+def apply_all(base: BlockTensors, transforms: Sequence[Transform], *, settle: bool = True) -> BlockTensors:
+    """Tensors of the block after all transforms, in order; `base` is left as it was.
+
+    Without `settle` diagonal factors of weights may be left pending (`BlockTensors.row_scale`).
+    """
     tensors = base.copy()
     for transform in transforms:
         transform.apply_to(tensors)
-    return tensors
+    return tensors.settle() if settle else tensors
 
 
 def fold(base: BlockTensors, transforms: Sequence[Transform]) -> BlockTensors:

@@ -314,3 +314,71 @@ def test_the_graph_cannot_be_differentiated_twice() -> None:
     (first,) = torch.autograd.grad(fake_quantize(x, Grid(4)).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+SCALES = pytest.mark.parametrize("scaled", ["rows", "columns", "both"])
+
+
+def scales_of(scaled: str, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Factors of rows (both signs) and columns; equal within a row's tied elements, so that they stay tied."""
+    generator = torch.Generator().manual_seed(11)
+    row = torch.randn(x.shape[0], dtype=x.dtype, generator=generator) + 1.5
+    column = torch.rand(x.shape[1], dtype=x.dtype, generator=generator) + 0.5
+    column[3], column[7], column[4] = column[1], column[6], column[0]
+    return (None if scaled == "columns" else row), (None if scaled == "rows" else column)
+
+
+def scaled_gradients(
+    x: Tensor,
+    scales: tuple[Tensor | None, Tensor | None],
+    clipping: tuple[Tensor, Tensor],
+    grid: Grid,
+    fused: bool,
+) -> list[Tensor]:
+    """Value and gradients in (x, scales, logits), the factors taken by the function or multiplied in before."""
+    row, column = (None if s is None else s.clone().requires_grad_() for s in scales)
+    x, upper, lower = (t.clone().requires_grad_() for t in (x, *clipping))
+    if fused:
+        value = fake_quantize(x, grid, upper, lower, row_scale=row, column_scale=column)
+    else:
+        w = x if row is None else x * row[:, None]
+        value = reference(w if column is None else w * column, grid, upper, lower)
+    weights = torch.randn(value.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(
+        value
+    )
+    leaves = [t for t in (x, row, column, upper, lower) if t is not None]
+    return [value.detach(), *torch.autograd.grad((value * weights).sum(), leaves)]
+
+
+@SCALES
+@pytest.mark.parametrize("grid", GRIDS)
+def test_factors_taken_on_the_way_are_factors_multiplied_in_before(grid: Grid, scaled: str) -> None:
+    x = rows()
+    arguments = (x, scales_of(scaled, x), logits(x, grid), grid)
+    for one, other in zip(
+        scaled_gradients(*arguments, True), scaled_gradients(*arguments, False), strict=True
+    ):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.gpu
+@SCALES
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_gpu_takes_factors_as_the_cpu_does(grid: Grid, scaled: str) -> None:
+    x = torch.cat([rows().float()] * 9)  # several tiles, the last one ragged
+    arguments = (x, scales_of(scaled, x), tuple(c.float() for c in logits(x, grid)))
+    there = tuple(
+        tuple(None if t is None else t.cuda() for t in a) if isinstance(a, tuple) else a.cuda()
+        for a in arguments
+    )
+    for one, other in zip(
+        scaled_gradients(*there, grid, True), scaled_gradients(*arguments, grid, True), strict=True
+    ):
+        assert torch.allclose(one.cpu(), other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_without_gradient_trains_its_factors() -> None:
+    x, grid = rows(), Grid(3)
+    row, column = (s.requires_grad_() for s in scales_of("both", x))
+    fake_quantize(x, grid, row_scale=row, column_scale=column).square().sum().backward()
+    assert row.grad.abs().min() > 0 and column.grad.abs().min() > 0

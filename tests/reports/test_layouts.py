@@ -107,8 +107,8 @@ def test_without_intervals_there_is_no_plus_minus() -> None:
     ids=["plain", "a_tie_is_not_second", "higher", "all_tied", "alone", "nan"],
 )
 def test_second_is_the_best_row_that_is_not_tied(scores: dict, higher: bool, expected: dict) -> None:
-    given = {name: Score(value, mark=mark) for name, (value, mark) in scores.items()}
-    assert ranks(given, higher) == expected
+    given = {n: Score(value, mark=mark, higher_is_better=higher) for n, (value, mark) in scores.items()}
+    assert ranks(given) == expected
 
 
 def two_models() -> list:
@@ -138,7 +138,15 @@ def test_columns_are_schemes_for_one_model() -> None:
 def test_accuracies_stand_together_with_their_average_in_percent() -> None:
     sheets = paper_sheets(sections(make_run(tasks=7)))
     tasks = sheets[-1]
-    assert tasks.header == ("scheme", "method", "piqa", "arc_easy", "hellaswag", "winogrande", "average")
+    assert tasks.header == (
+        "scheme",
+        "method",
+        "piqa",
+        "arc_easy",
+        "hellaswag acc_norm",
+        "winogrande",
+        "tasks average",
+    )
     row = next(line for line in tasks.lines if line.cells[1].text == "affinequant")
     values = [float(cell.text) for cell in row.cells[2:]]
     assert values[-1] == pytest.approx(sum(values[:4]) / 4, abs=0.006) and values[0] > 1

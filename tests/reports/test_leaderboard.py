@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
-from fake_results import accuracy, baseline, make_result, make_run, perplexity, window_losses
+from fake_results import (
+    accuracy,
+    baseline,
+    contracted,
+    make_result,
+    make_run,
+    perplexity,
+    seeds,
+    window_losses,
+)
 
 from qbench.errors import ConfigError, DataError
-from qbench.reports.leaderboard import Entry, average_marks, sections
+from qbench.reports.comparison import AVERAGE
+from qbench.reports.leaderboard import Entry, sections
 
 
 def by_name(entries: tuple[Entry, ...]) -> dict[tuple[str, str], Entry]:
@@ -33,39 +43,44 @@ def test_no_rows_and_an_unknown_baseline_are_refused() -> None:
         sections(make_run(), "gptq")
 
 
+def test_rows_that_differ_only_in_what_else_was_measured_share_a_section() -> None:
+    more = {"wikitext2": {"protocol": "p", "tokens": "w"}, "c4": {"protocol": "q", "tokens": "c"}}
+    rows = [contracted(baseline()), contracted(make_result("rtn")), contracted(make_result("gptq"), more)]
+    (section,) = sections(rows)
+    assert len(section.entries) == 3 and not section.table.mixed
+    other = contracted(make_result("awq"), n_samples=8)
+    assert [len(s.entries) for s in sections([*rows, other])] == [3, 1]
+
+
+def test_calibration_seeds_are_one_row() -> None:
+    (section,) = sections([baseline(), *seeds("omniquant", [0.10, 0.11, 0.12]), *seeds("rtn", [0.5])])
+    assert [(e.row.label, len(e.row.results)) for e in section.entries] == [
+        ("full-precision", 1),
+        ("omniquant", 3),
+        ("rtn", 1),
+    ]
+
+
 def test_recovery_is_the_inverse_ratio_of_perplexities() -> None:
     entries = by_name(sections(make_run())[0].entries)
-    row = entries["rtn", "W4A4"]
-    full = entries["full-precision", "W16A16"]
+    row, full = entries["rtn", "W4A4"], entries["full-precision", "W16A16"]
     values = [e.result.metrics["wikitext2/perplexity"].value for e in (full, row)]
-    assert row.recovery == pytest.approx(values[0] / values[1])
-    assert full.recovery is None and row.recovery_half_width is not None
+    assert row.quality is not None and row.quality.recovery == pytest.approx(values[0] / values[1])
 
 
-def test_tasks_average_counts_each_task_once_and_prefers_acc() -> None:
-    def metrics(chance: float) -> dict:
-        return {
-            "piqa/acc_norm": accuracy(1, 0.1, "piqa"),
-            "piqa/acc": accuracy(2, chance, "piqa"),
-            "hellaswag/acc_norm": accuracy(3, chance, "hellaswag"),
-        }
-
-    rows = [baseline(metrics=metrics(0.9)), make_result("rtn", metrics=metrics(0.6))]
-    section = sections(rows)[0]
-    assert section.task_keys == ("piqa/acc", "hellaswag/acc_norm")
-    entry = by_name(section.entries)["rtn", "W4A4"]
-    expected = [entry.result.metrics[key].value for key in section.task_keys]
-    assert entry.tasks is not None and entry.tasks.value == pytest.approx(sum(expected) / 2)
-    halves = [entry.row.scores[key].half_width or 0 for key in section.task_keys]
-    assert entry.tasks.half_width == pytest.approx(math.hypot(*halves) / 2)
-
-
-def test_a_row_without_one_of_the_tasks_has_no_average() -> None:
-    both = {"piqa/acc": accuracy(1, 0.7, "p"), "boolq/acc": accuracy(2, 0.7, "b")}
-    rows = [make_result("rtn", metrics=both), make_result("gptq", metrics={"piqa/acc": both["piqa/acc"]})]
-    entries = by_name(sections(rows)[0].entries)
-    assert entries["rtn", "W4A4"].tasks is not None
-    assert entries["gptq", "W4A4"].tasks is None
+@pytest.mark.parametrize(
+    ("keys", "quality"),
+    [
+        (["w/perplexity", "piqa/acc", "boolq/acc"], AVERAGE),
+        (["piqa/acc", "w/perplexity"], "w/perplexity"),
+        (["piqa/acc", "piqa/acc_norm"], "piqa/acc"),
+        ([], None),
+    ],
+    ids=["average", "perplexity", "one_task", "nothing"],
+)
+def test_what_rows_are_ordered_by(keys: list[str], quality: str | None) -> None:
+    made = {k: perplexity(window_losses(1)) if "perplexity" in k else accuracy(1, 0.7, k) for k in keys}
+    assert sections([make_result("rtn", metrics=made)])[0].quality_key == quality
 
 
 def place(name: str, extra: float, bits: float, scheme: str = "W4A16", seed: int = 1) -> dict:
@@ -126,7 +141,7 @@ def test_entries_are_scheme_by_scheme_the_best_first() -> None:
     assert names[1:] == [(scheme, name) for scheme in ("W4A4", "W3A16") for name in order]
 
 
-def test_average_marks_tie_what_the_items_cannot_tell_apart() -> None:
+def test_the_front_uses_the_average_of_tasks_and_its_noise() -> None:
     def tasks(seed: int, chance: float) -> dict:
         return {f"t{i}/acc": accuracy(seed * 10 + i, chance, f"t{i}") for i in range(3)}
 
@@ -135,11 +150,8 @@ def test_average_marks_tie_what_the_items_cannot_tell_apart() -> None:
         make_result("alike", metrics=tasks(2, 0.69)),
         make_result("bad", metrics=tasks(3, 0.30)),
     ]
-    section = sections(rows)[0]
-    marks = average_marks(section.entries, section.task_keys)
-    named = {e.result.method: marks.get(e.result.id) for e in section.entries}
-    assert sorted(named[name] or "" for name in ("good", "alike")) == ["best", "tied"]
-    assert named["bad"] is None
+    found = {e.result.method: e.place for e in sections(rows)[0].entries}
+    assert found == {"good": "front", "alike": "front", "bad": "dominated"}
 
 
 def test_ratios_are_within_a_section_only() -> None:
@@ -148,5 +160,5 @@ def test_ratios_are_within_a_section_only() -> None:
         "rtn", contract="e" * 64, metrics={"wikitext2/perplexity": perplexity(window_losses(1))}
     )
     found = sections([baseline(), make_result("rtn"), alone])
-    assert found[0].entries[1].recovery is not None
-    assert found[1].entries[0].recovery is None
+    assert found[0].entries[1].quality.ratio is not None  # type: ignore[union-attr]
+    assert found[1].entries[0].quality.ratio is None  # type: ignore[union-attr]

@@ -10,13 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from qbench.models.base import BlockSpec
-from qbench.transforms.maps import Blocks, Diagonal
-from qbench.transforms.sites import rewrite
+from qbench.models.base import BlockSpec, Site
+from qbench.transforms import sites
+from qbench.transforms.maps import Blocks, Diagonal, Map
 from qbench.transforms.tensors import BlockTensors
 from tests.blocks import Case, build_case
 
 DOUBLE = {"dtype": torch.float64}
+
+
+def rewrite(tensors: BlockTensors, spec: BlockSpec, site: Site, a: Map | None, shift: Tensor | None) -> None:
+    """The rewrite with its pending factors multiplied in."""
+    sites.rewrite(tensors, spec, site, a, shift)
+    tensors.settle()
 
 
 @pytest.fixture(params=["llama", "qwen2", "opt"])

@@ -1,6 +1,7 @@
 "use strict";
-(() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+(async () => {
+  const packed = Uint8Array.from(atob(document.getElementById("data").textContent), (c) => c.charCodeAt(0));
+  const data = JSON.parse(await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).text());
   const root = document.documentElement;
   const $ = (selector, from = document) => from.querySelector(selector);
   const $$ = (selector, from = document) => [...from.querySelectorAll(selector)];
@@ -32,7 +33,7 @@
   });
 
   // ---- leaderboard: sort and filter; rows far below appear when one gets there, so that sorting is instant
-  const STEP = 100;
+  const STEP = 60;
   const body = $("#leaderboard tbody");
   const rows = [...body.rows];
   const more = $("#more");
@@ -40,7 +41,10 @@
   let limit = STEP;
   const show = () => {
     let n = 0;
-    for (const row of body.rows) row.hidden = !matching.has(row) || ++n > limit;
+    for (const row of body.rows) {
+      const hide = !matching.has(row) || ++n > limit;
+      if (row.hidden !== hide) row.hidden = hide;
+    }
     more.hidden = n <= limit;
     more.textContent = `${n - limit} more rows`;
     $("#count").textContent = n === rows.length ? `${n} rows` : `${n} of ${rows.length} rows`;
@@ -56,13 +60,14 @@
     return [row, Number.isNaN(number) ? text : number];
   }));
   const headers = $$("#leaderboard th");
+  const collator = new Intl.Collator("en");
   let order = { column: -1, sign: 1 };
   const sort = (column, sign) => {
     const key = keysOf(column);
     const sorted = [...body.rows].sort((a, b) => {
       const x = key.get(a), y = key.get(b);
       if (x === "" || y === "") return (x === "") - (y === ""); // what is missing stays last
-      return sign * (typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y)));
+      return sign * (typeof x === "number" && typeof y === "number" ? x - y : collator.compare(x, y));
     });
     body.append(...sorted);
     limit = STEP;
@@ -171,6 +176,7 @@
       el("ul", { class: "facts" }, facts),
       ...(row.notes.length ? part("Notes", el("ul", { class: "notes" }, row.notes.map((note) => el("li", {}, note)))) : []),
       ...part("Measurements", table(["metric", "value", "÷ full precision", "rank", "items", "protocol"], metrics)),
+      ...(row.seeds.length ? part("Calibration seeds", table(["seed", "record", Object.keys(row.metrics)[0]], row.seeds)) : []),
       ...(charts.length ? part("Blocks", el("div", { class: "charts" }, charts)) : []),
       ...(row.transforms.length ? part("Transforms of a block", table(["site", "kind", "folded", "keeps the function", "stored bits", "FLOP/token"], row.transforms)) : []),
       ...(Object.keys(row.options).length ? part("Options", pairs(row.options)) : []),
@@ -202,4 +208,5 @@
   };
   addEventListener("hashchange", fromHash);
   fromHash();
+  root.dataset.ready = "yes";
 })();
