@@ -14,6 +14,7 @@ METHODS = Registry(
         "smoothquant": "qbench.methods.smoothquant:SmoothQuant",
         "omniquant": "qbench.methods.omniquant:OmniQuant",
         "affinequant": "qbench.methods.affinequant:AffineQuant",
+        "abq": "qbench.methods.abq:ABQ",
     },
     group="qbench.methods",
 )

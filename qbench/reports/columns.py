@@ -6,12 +6,11 @@ Digits follow the papers (12.34), ± follows its value's decimals, and a missing
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from qbench.reports.comparison import ACCURACIES, AVERAGE, Comparison, ModelTable, Row, Score, task_keys
-from qbench.results import BASELINE, Result, split_metric
+from qbench.results import BASELINE, split_metric
 
 MISSING = "—"
 SHORT_NAMES = {
@@ -49,7 +48,7 @@ def columns(
     rows = [row for block in table.blocks for row in block.rows]
     found = [
         Column("method", ("method",), tuple(_label(row, comparison) for row in rows)),
-        Column("scheme", ("scheme",), tuple(scheme_label(row.result) for row in rows)),
+        Column("scheme", ("scheme",), tuple(row.result.scheme_label for row in rows)),
     ]
     reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
     details = detail_keys(table.metrics) if "details" in dropped else frozenset()
@@ -118,13 +117,6 @@ def detail_keys(metrics: Sequence[str]) -> frozenset[str]:
         for key, name in names.items()
         if name in DETAILS or (name in ACCURACIES and key != AVERAGE and key not in averaged)
     )
-
-
-def scheme_label(result: Result) -> str:
-    """The scheme as the papers write it: a star after the weight bits where levels are balanced around zero."""
-    if result.options.get("bit_balance"):
-        return re.sub(r"^(W\d+)", r"\1*", result.scheme)
-    return result.scheme
 
 
 def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = "*") -> list[str]:
