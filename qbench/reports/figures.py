@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from qbench.reports import plot
-from qbench.reports.columns import scheme_label
 from qbench.reports.layouts import short_name
 from qbench.reports.leaderboard import Entry, Section, difference_of
 
@@ -74,7 +73,7 @@ def _quality(section: Section, methods: Sequence[str]) -> Drawn:
             y, half, reference = score.ratio, score.ratio_half_width, 1.0
         else:
             y, half = score.value, score.half_width
-        label = f"{entry.row.label} {scheme_label(entry.result)}: {y:.4g} at {bits:.2f} bits"
+        label = f"{entry.row.label} {entry.result.scheme_label}: {y:.4g} at {bits:.2f} bits"
         label += f" (± {half:.2g})" if half else ""
         series, weight_only = methods.index(entry.result.method), entry.scheme.abits >= 16
         points[entry.result.id] = plot.Point(bits, y, label, series, half, entry.result.id, weight_only)

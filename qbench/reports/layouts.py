@@ -20,7 +20,6 @@ from qbench.reports.columns import (
     format_seconds,
     format_value,
     most,
-    scheme_label,
 )
 from qbench.reports.comparison import ACCURACIES, AVERAGE, Score
 from qbench.reports.leaderboard import Entry, Section
@@ -195,7 +194,7 @@ def _cells(section: Section, key: str) -> dict[tuple[str, str], Cell]:
     marks = marks_of(section, key)
     for block in section.table.blocks:
         for row in block.rows:
-            where = (FULL if row.result.is_baseline else scheme_label(row.result), row.label)
+            where = (FULL if row.result.is_baseline else row.result.scheme_label, row.label)
             if key in row.scores:
                 cells[where] = score_cell(key, row.scores[key], marks.get(row.result.id))
             else:
@@ -239,7 +238,7 @@ def _leaderboard(section: Section) -> Sheet:
     tables = {key: _cells(section, key) for key in keys}
     lines, previous = [], None
     for entry in section.entries:
-        scheme = FULL if entry.result.is_baseline else scheme_label(entry.result)
+        scheme = FULL if entry.result.is_baseline else entry.result.scheme_label
         cells = [tables[key].get((scheme, entry.row.label), Cell(MISSING)) for key in keys]
         star = "●" if entry.place == "front" else ""
         lines.append(
@@ -323,7 +322,7 @@ def notes_of(sections: Sequence[Section]) -> tuple[str, ...]:
     notes: dict[str, list[str]] = {}
     for section in sections:
         for entry in section.entries:
-            who = f"{entry.row.label} {scheme_label(entry.result)}"
+            who = f"{entry.row.label} {entry.result.scheme_label}"
             for note in entry.row.notes:
                 if who not in notes.setdefault(note, []):
                     notes[note].append(who)

@@ -19,7 +19,7 @@ from typing import Any
 from qbench import __version__
 from qbench.reports import figures
 from qbench.reports.bibliography import references
-from qbench.reports.columns import MISSING, format_half_width, format_value, scheme_label
+from qbench.reports.columns import MISSING, format_half_width, format_value
 from qbench.reports.comparison import AVERAGE
 from qbench.reports.drawing import as_latex
 from qbench.reports.layouts import (
@@ -148,7 +148,7 @@ def _rows(section: Section, keys: Sequence[str]) -> Iterable[dict[str, Any]]:
         share = None if recovery.text == MISSING or entry.quality is None else entry.quality.recovery
         cells = [
             _cell(Cell(entry.row.label), entry.row.label),
-            _cell(Cell(scheme_label(result)), scheme_label(result)),
+            _cell(Cell(result.scheme_label), result.scheme_label),
             _cell(Cell(result.model), result.model),
             _cell(bits, result.bits_per_weight),
             _cell(recovery, share, share),
