@@ -21,6 +21,7 @@ COMMANDS = Registry(
     "command",
     {
         "run": "qbench.cli.run:run",
+        "sweep": "qbench.cli.sweep:sweep",
         "compare": "qbench.cli.compare:compare",
         "methods": "qbench.cli.catalogue:methods",
         "models": "qbench.cli.catalogue:models",
@@ -30,6 +31,7 @@ COMMANDS = Registry(
 )
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
+    "sweep": "Compute methods × schemes × models × seeds, resumable, in as few passes as possible.",
     "compare": "Compare the results in one or more folders.",
     "methods": "List the methods, or the options of one.",
     "models": "List the supported architectures and the embedded models.",
