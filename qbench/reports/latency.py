@@ -101,7 +101,8 @@ def _rows(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def _label(cell: Cell) -> str:
-    return f"{cell.scheme} {cell.backend}" + (" + norm matrix" if cell.norm_matrix else "")
+    label = f"{cell.scheme} {cell.backend}" + (" + norm matrix" if cell.norm_matrix else "")
+    return label + (" (int8 arithmetic)" if (cell.arithmetic or "").startswith("int8 arithmetic") else "")
 
 
 def _baseline(report: Report, cells: Sequence[Cell], dtype: str, tokens: int) -> str:
