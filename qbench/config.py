@@ -133,7 +133,11 @@ class RunConfig(_Section):
     quantizer: QuantizerConfig = QuantizerConfig()
     output: Name = Field("results", description="Folder of the result records.")
     save_dir: str | None = Field(None, description="Also write each quantized model to a folder in here.")
-    resume: str | None = Field(None, description="Continue from the checkpoints in this folder.")
+    resume: str | None = Field(
+        None,
+        description="Continue from the checkpoints in this folder; or evaluate the parameters in this file (.pth) "
+        "of the authors' OmniQuant or AffineQuant.",
+    )
     restart: bool = Field(False, description="Ignore earlier checkpoints and results.")
 
     @model_validator(mode="wrap")

@@ -132,8 +132,8 @@ def check_request(config: RunConfig, wanted: Sequence[Wanted]) -> list[Method]:
         require_writable(config.save_dir, "save-dir")
     if config.resume is not None and not Path(config.resume).is_dir():
         raise ConfigError(
-            f"resume={config.resume!r} is not a folder. Give the output folder of an earlier run; the parameter files "
-            "(.pth) of the authors' programs are not read by this version."
+            f"resume={config.resume!r} is not a folder. Give the output folder of an earlier run; a parameter file "
+            "(.pth) is an option of its method: {name: omniquant, options: {parameters: FILE}}."
         )
     choose_device(config.compute.device)
     return methods

@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
@@ -243,6 +244,9 @@ def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         ConfigError: For anything that is wrong with the request.
     """
     request = read_mapping(given["config"]) if given["config"] else {}
+    parameters = None
+    if given["resume"] is not None and _is_parameter_file(given["resume"]):
+        parameters, given = given["resume"], given | {"resume": None}
     for _, path in (row for rows in CONFIG_OPTIONS.values() for row in rows):
         value = given[path.replace(".", "__")]
         if value is not None and value != ():
@@ -262,8 +266,15 @@ def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         if given[f"method__{name}"] is not None
     ]
     settings += [_parse_setting(text) for text in given["settings"]]
+    if parameters is not None:
+        settings.append(_Setting(None, "parameters", parameters, "--resume FILE"))
     requests, remarks = _apply(config.methods, settings, given["published_form"])
     return config.model_copy(update={"methods": requests}), remarks
+
+
+def _is_parameter_file(path: str) -> bool:
+    """Whether --resume names a file of learned parameters rather than a run's folder."""
+    return Path(path).is_file() or (path.endswith((".pth", ".pt")) and not Path(path).is_dir())
 
 
 def _put(request: dict[str, Any], path: str, value: Any) -> None:
