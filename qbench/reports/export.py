@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from qbench.reports.columns import Column, columns, is_best, legend
+from qbench.reports.columns import Column, columns, is_best, legend, most
 from qbench.reports.comparison import Comparison, Row
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≈": r"$\approx$", "÷": r"$\div$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "≈": r"$\approx$", "σ": r"$\sigma$", "÷": r"$\div$",
     "↓": r"$\downarrow$", "↑": r"$\uparrow$", "∞": r"$\infty$", "—": "---", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 
@@ -35,7 +36,8 @@ def as_csv(comparison: Comparison) -> str:
         for row in (row for block in table.blocks for row in block.rows):
             first.setdefault(row.result.id, row)
     metrics = list(dict.fromkeys(key for table in comparison.tables for key in table.metrics))
-    lines = [_csv_fields(first[result.id], metrics) for result in comparison.results]
+    # Of a row with several seeds the first record stands for all.
+    lines = [_csv_fields(first[result.id], metrics) for result in comparison.results if result.id in first]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -50,23 +52,30 @@ def _csv_fields(row: Row, metrics: list[str]) -> dict[str, Any]:
     for key in metrics:
         metric, score = result.metrics.get(key), row.scores.get(key)
         fields |= {
-            key: metric.value if metric else None,
+            key: score.value if score else None,
             f"{key} stderr": metric.stderr if metric else None,
             f"{key} n": metric.n if metric else None,
             f"{key} half_width_95": score.half_width if score else None,
+            f"{key} low_95": score.low if score else None,
+            f"{key} high_95": score.high if score else None,
             f"{key} ratio": score.ratio if score else None,
             f"{key} ratio_half_width_95": score.ratio_half_width if score else None,
+            f"{key} recovery": score.recovery if score else None,
             f"{key} mark": score.mark if score else None,
+            f"{key} rank": score.rank if score else None,
+            f"{key} p_of_best": score.p_value if score else None,
+            f"{key} seed_sd": score.seed_spread if score else None,
         }
-    cost = result.cost
+    costs = [one.cost for one in row.results]
     return fields | {
         "bits_per_weight": result.bits_per_weight,
-        "seconds": cost.seconds,
-        "peak_gpu_bytes": cost.peak_gpu_bytes,
-        "peak_cpu_bytes": cost.peak_cpu_bytes,
+        "seconds": row.seconds,
+        "peak_gpu_bytes": most(cost.peak_gpu_bytes for cost in costs),
+        "peak_cpu_bytes": most(cost.peak_cpu_bytes for cost in costs),
+        "seeds": len(costs),
         "contract": result.contract,
         "notes": " | ".join(row.notes) or None,
-        "id": result.id,
+        "id": " ".join(one.id for one in row.results),
     }
 
 
