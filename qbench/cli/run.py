@@ -35,6 +35,8 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--nsamples --n-samples", "calibration.n_samples"),
         ("--seqlen --seq-len", "calibration.seq_len"),
         ("--seed", "calibration.seed"),
+        ("--act-scales", "calibration.act_scales"),
+        ("--act-shifts", "calibration.act_shifts"),
         ("--seeds", "seeds"),
     ],
     "Evaluation": [
@@ -54,6 +56,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
     "Output": [
         ("--output -o --output-dir", "output"),
         ("--save-dir", "save_dir"),
+        ("--save-act-scales", "save_act_scales"),
         ("--resume", "resume"),
         ("--restart", "restart"),
     ],

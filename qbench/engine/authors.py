@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qbench.engine.plan import BlockPlan, BlockView
+from qbench.engine.tensor_files import load_dictionary
 from qbench.errors import ConfigError, DataError
 from qbench.models.base import BlockSpec, Site
 from qbench.quant.clipping import Clipping
@@ -67,16 +67,8 @@ def read_parameters(pinned_path: str) -> Blocks:
     """
     path = _split(pinned_path)[0]
     what = f"Parameter file {path!r}"
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{what} holds Python objects besides tensors, or is damaged; qbench unpickles none, because that can run "
-            "code. Save plain dictionaries of tensors."
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"{what} cannot be read: {str(error).splitlines()[0]}.") from error
-    if not isinstance(data, dict) or not data or not all(isinstance(key, int) for key in data):
+    data = load_dictionary(path, "Parameter file")
+    if not all(isinstance(key, int) for key in data):
         raise DataError(f"{what} is no dictionary of blocks: expected 0: {{name: tensor}}, 1: ….")
     missing = sorted(set(range(max(data) + 1)) - set(data))
     if missing or min(data) < 0:
