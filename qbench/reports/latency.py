@@ -66,11 +66,12 @@ def circumstances(report: Report) -> list[str]:
             f"Measured in the same run: read {c.read_bytes_per_s / 1e12:.3g} TB/s; peak TFLOP/s (int8: TOP/s) {peaks}; "
             f"{'; '.join(c.notes)}."
         )
-    lines.append(
-        "A cell: µs with everything that the row needs at run time (in brackets the product alone where that is less) "
-        f"· times as fast as the unquantized layer of the same round ({UNRESOLVED}: within the spread of the same "
-        "code measured twice, no claim) · share of the roofline."
-    )
+    if report.cells:
+        lines.append(
+            "A cell: µs with everything that the row needs at run time (in brackets the product alone where that is "
+            f"less) · times as fast as the unquantized layer of the same round ({UNRESOLVED}: within the spread of the "
+            "same code measured twice, no claim) · share of the roofline."
+        )
     return [*lines, *report.notes]
 
 
