@@ -126,6 +126,9 @@ class RunConfig(_Section):
     )
     calibration: CalibrationConfig = CalibrationConfig()
     evals: EvalConfig = EvalConfig()
+    seeds: int = Field(
+        1, ge=1, description="Repeat with this many calibration seeds: --seed, --seed + 1, and so on."
+    )
     compute: ComputeConfig = ComputeConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     output: Name = Field("results", description="Folder of the result records.")
@@ -161,6 +164,16 @@ class RunConfig(_Section):
     def parsed_schemes(self) -> list[Scheme]:
         """The schemes as values."""
         return [Scheme.parse(scheme) for scheme in self.schemes]
+
+    def alone(self, method: MethodRequest, scheme: str) -> RunConfig:
+        """The request of one of its rows: what a record keeps, and what is hashed to name a cell."""
+        return self.model_copy(update={"methods": [method], "schemes": [scheme], "seeds": 1})
+
+    def at_seed(self, seed: int) -> RunConfig:
+        """The same request with one calibration seed."""
+        return self.model_copy(
+            update={"calibration": self.calibration.model_copy(update={"seed": seed}), "seeds": 1}
+        )
 
     def canonical(self) -> str:
         """JSON with sorted keys and all defaults: equal for equal requests, however they were written."""

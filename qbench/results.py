@@ -119,6 +119,7 @@ class Result(_Record):
             transforms included; embeddings and head are not in it.
         contract: Hash of everything that is not the method (`provenance.contract`), of these `contract_fields`.
         transforms: Of the first block; the others have the same.
+        codes: SHA-256 of all integer codes, scales and zero points, block by block; None for full precision.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -141,11 +142,18 @@ class Result(_Record):
     config: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
+    codes: str | None = None
 
     @property
     def is_baseline(self) -> bool:
         """Whether this is the row of the full-precision model."""
         return self.method == BASELINE
+
+    @property
+    def scheme_label(self) -> str:
+        """The scheme as tables print it: a star on the weights' bits where a method added a level (W2*A8)."""
+        starred = any(key.rpartition(".")[2] == "bit_balance" and on for key, on in self.options.items())
+        return re.sub(r"^W\d+", r"\g<0>*", self.scheme) if starred else self.scheme
 
     def row(self) -> dict[str, Any]:
         """The row as `--format json` prints it; a number that is not finite becomes null."""

@@ -226,3 +226,19 @@ def test_require_writable_refuses_files_and_folders_without_permission(
 def test_the_baseline_knows_itself() -> None:
     assert baseline().is_baseline
     assert not make_result("rtn").is_baseline
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "label"),
+    [
+        ("W2A8", {"bit_balance": True}, "W2*A8"),
+        ("W2A16g64", {"abq.bit_balance": True}, "W2*A16g64"),
+        ("W2A8", {"bit_balance": False}, "W2A8"),
+        ("W2A8", {}, "W2A8"),
+    ],
+    ids=["balanced", "of a composition", "not balanced", "no such option"],
+)
+def test_an_extra_level_shows_in_the_scheme_as_tables_print_it(
+    scheme: str, options: dict, label: str
+) -> None:
+    assert make_result(scheme=scheme, options=options).scheme_label == label

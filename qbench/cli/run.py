@@ -34,6 +34,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--nsamples --n-samples", "calibration.n_samples"),
         ("--seqlen --seq-len", "calibration.seq_len"),
         ("--seed", "calibration.seed"),
+        ("--seeds", "seeds"),
     ],
     "Evaluation": [
         ("--eval", "evals.datasets"),

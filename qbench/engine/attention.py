@@ -2,6 +2,9 @@
 
 The function quantizes q, k and v where a block asks for it and hands over to transformers' SDPA. Masks must be
 registered under the same name: without that, transformers passes no mask and causality is silently lost.
+
+Where a loss compares attention maps (ABQ-LLM), a block is asked to record them: then the probabilities are computed
+explicitly, in float32, and the same probabilities give the output.
 """
 
 from __future__ import annotations
@@ -9,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qbench.quant.fake import fake_quantize
@@ -19,6 +23,7 @@ from qbench.quant.grid import Grid
 
 NAME = "qbench"
 ATTRIBUTE = "qbench_operands"
+MAPS = "qbench_maps"
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,48 @@ class Operands:
         return fake_quantize(rows, grid).reshape(batch, tokens, heads, width).transpose(1, 2)
 
 
+@dataclass
+class Maps:
+    """Where a block's attention leaves the probabilities of its latest forward pass.
+
+    Attributes:
+        latest: Mean over heads, [batch, queries, keys], float32; differentiable where the pass was.
+    """
+
+    latest: Tensor | None = None
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """SDPA over operands fake-quantized as the block's `Operands` say, if it has any."""
+    """SDPA over operands fake-quantized as the block's `Operands` say; records maps where the block has `Maps`."""
     operands: Operands | None = getattr(module, ATTRIBUTE, None)
     if operands is not None:
         query = operands.quantize(query, operands.query)
         key = operands.quantize(key, operands.key_value)
         value = operands.quantize(value, operands.key_value)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    maps: Maps | None = getattr(module, MAPS, None)
+    if maps is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    per_head = probabilities(query, key, attention_mask, kwargs.get("scaling"))
+    maps.latest = per_head.mean(1)
+    out = per_head.to(value.dtype) @ repeat_kv(value, query.shape[1] // value.shape[1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+def probabilities(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention probabilities [batch, heads, queries, keys] in float32 or wider; no mask means causal, as in SDPA.
+
+    Outside autocast: half-precision logits would move the maps by more than quantization does.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        logits = query.to(wide) @ repeat_kv(key, query.shape[1] // key.shape[1]).to(wide).mT * scale
+        if mask is None:
+            mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return logits.softmax(-1)
 
 
 def register() -> str:

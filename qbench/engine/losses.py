@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn import functional
 
 from qbench.engine.plan import LossInputs
+
+PROBABILITY_FLOOR = (
+    1e-10  # of attention maps inside a logarithm: large logits leave exact zeros beside the diagonal
+)
 
 
 def mse(inputs: LossInputs) -> Tensor:
@@ -17,3 +23,56 @@ def mse_with_auxiliary(inputs: LossInputs) -> Tensor:
     """The same plus the error to the full-precision block on the quantized path's input (`aug_loss` of both codes)."""
     assert inputs.same_input_target is not None
     return mse(inputs) + functional.mse_loss(inputs.output.float(), inputs.same_input_target)
+
+
+def distribution_correction(inputs: LossInputs) -> Tensor:
+    """ABQ-LLM's double-log loss: both squared errors, and −log of the mean cosine similarity to both targets.
+
+    Reference: bytedance/ABQ-LLM@de2e849. The cosine is over the hidden dimension, its mean over the tokens of a window.
+    We differ: the logarithm is taken per window (theirs: per batch, which is the same at their batch size of 1), so
+    that micro-batches give the loss of the whole batch.
+    """
+    assert inputs.same_input_target is not None
+    loss = mse_with_auxiliary(inputs)
+    for target in (inputs.target, inputs.same_input_target):
+        cosine = functional.cosine_similarity(inputs.output.float(), target, dim=-1)  # [windows, tokens]
+        loss = loss - cosine.mean(-1).abs().log().mean()
+    return loss
+
+
+def attention_divergence(inputs: LossInputs) -> Tensor:
+    """KL(p ‖ p̂) + KL(p̂ ‖ p) of attention maps (mean over heads), summed over keys, mean over queries."""
+    found, wanted = _maps(inputs)
+    logs = found.clamp(min=PROBABILITY_FLOOR).log() - wanted.clamp(min=PROBABILITY_FLOOR).log()
+    return ((found - wanted) * logs).sum(-1).mean()
+
+
+def published_attention_divergence(inputs: LossInputs) -> Tensor:
+    """The authors' code: both maps go through softmax once more, and the mean is over queries and keys.
+
+    A second softmax of probabilities is nearly uniform, and masked positions count: the term is some orders smaller
+    than the divergence of the maps themselves.
+    """
+    found, wanted = (m.log_softmax(-1) for m in _maps(inputs))
+    there, back = (
+        functional.kl_div(one, other, reduction="sum", log_target=True) / one.numel()
+        for one, other in ((found, wanted), (wanted, found))
+    )
+    return there.abs() + back.abs()
+
+
+def _maps(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    assert inputs.attention is not None and inputs.attention_target is not None
+    return inputs.attention, inputs.attention_target
+
+
+def total(*terms: Callable[[LossInputs], Tensor]) -> Callable[[LossInputs], Tensor]:
+    """The sum of several losses."""
+
+    def loss(inputs: LossInputs) -> Tensor:
+        value = terms[0](inputs)
+        for term in terms[1:]:
+            value = value + term(inputs)
+        return value
+
+    return loss

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qbench.engine.attention import Maps
 from qbench.engine.graph import capture_step
 from qbench.engine.hidden import HiddenStates
 from qbench.engine.plan import BlockPlan, LossInputs, Training
@@ -67,18 +68,20 @@ class _Step:
         self.kwargs, self.settings = kwargs, settings
         self.micro = settings.micro_batch or settings.batch_size
 
-        def buffer() -> Tensor:
-            return torch.empty(settings.batch_size, *window_shape, device=settings.device)
+        def buffer(*shape: int) -> Tensor:
+            return torch.empty(settings.batch_size, *shape, device=settings.device)
 
-        self.inputs, self.target = buffer(), buffer()
-        self.same_input = buffer() if training.same_input_target else None
+        self.inputs, self.target = buffer(*window_shape), buffer(*window_shape)
+        self.same_input = buffer(*window_shape) if training.same_input_target else None
+        self.maps = Maps() if training.attention_maps else None
+        self.attention = buffer(window_shape[0], window_shape[0]) if training.attention_maps else None
         self.loss = torch.zeros((), device=settings.device)
         transform_parameters = [p for t in plan.transforms for p in t.parameters()]
         clipping_parameters = list(plan.clipping.parameters()) if plan.clipping is not None else []
         groups = [
-            {"params": transform_parameters, "lr": training.transform_lr},
-            {"params": clipping_parameters, "lr": training.clipping_lr},
-        ]
+            {"params": list(t.parameters()), "lr": t.learning_rate or training.transform_lr}
+            for t in plan.transforms
+        ] + [{"params": clipping_parameters, "lr": training.clipping_lr}]
         on_gpu = settings.device.type == "cuda"
         self.parameters = transform_parameters + clipping_parameters
         self.optimizer = torch.optim.AdamW(
@@ -105,7 +108,12 @@ class _Step:
         return [*self.parameters, *moments]
 
     def fill(
-        self, batch: range, inputs: HiddenStates, target: HiddenStates, same: HiddenStates | None
+        self,
+        batch: range,
+        inputs: HiddenStates,
+        target: HiddenStates,
+        same: HiddenStates | None,
+        attention: HiddenStates | None = None,
     ) -> None:
         """Copy the windows of one step into the buffers."""
         start, stop = batch.start, batch.stop
@@ -113,6 +121,8 @@ class _Step:
         self.target[: len(batch)].copy_(target.read(start, stop), non_blocking=True)
         if self.same_input is not None and same is not None:
             self.same_input[: len(batch)].copy_(same.read(start, stop), non_blocking=True)
+        if self.attention is not None and attention is not None:
+            self.attention[: len(batch)].copy_(attention.read(start, stop), non_blocking=True)
 
     def run(self, count: int) -> None:
         """Guard, transform, quantize, forward, backward, update; the loss lands in `self.loss`."""
@@ -127,7 +137,7 @@ class _Step:
             pairs.append((tensor, tensor.detach().requires_grad_()))
             return pairs[-1][1]
 
-        self.prepared.load(tensors.map(leaf))
+        self.prepared.load(tensors.map(leaf)).record_attention(self.maps)
         self.loss.zero_()
         for start in range(0, count, self.micro):
             part = slice(start, min(start + self.micro, count))
@@ -135,7 +145,9 @@ class _Step:
             with self.settings.autocast_context():
                 output = self.prepared(self.inputs[part], **self.kwargs)
             same = self.same_input[part] if self.same_input is not None else None
-            loss = share * self.training.loss(LossInputs(output, self.target[part], same))
+            seen = self.maps.latest if self.maps is not None else None
+            wanted = self.attention[part] if self.attention is not None else None
+            loss = share * self.training.loss(LossInputs(output, self.target[part], same, seen, wanted))
             self.loss.add_(loss.detach())
             (self.scaler.scale(loss) if self.scaler else loss).backward()
         used = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
@@ -173,6 +185,7 @@ def fit(
     kwargs: dict[str, Any],
     settings: EngineSettings,
     on_epoch: EpochCallback,
+    attention_target: HiddenStates | None = None,
 ) -> FitReport:
     """Train the plan's transforms and clipping in place.
 
@@ -187,6 +200,7 @@ def fit(
         kwargs: Keyword arguments of the block.
         settings: Device, precision and batch size.
         on_epoch: Called with (epoch, epochs, mean loss).
+        attention_target: Full-precision attention maps, [n, tokens, tokens], where the loss needs them.
 
     Raises:
         NumericalError: On the first loss that is not finite, at the end of its epoch.
@@ -209,14 +223,14 @@ def fit(
             if warm:
                 transform.warm_up()
         if epoch == 0 and on_gpu and settings.cuda_graph and step.scaler is None:
-            step.fill(batches[0], inputs, target, same_input_target)
+            step.fill(batches[0], inputs, target, same_input_target, attention_target)
             replay = capture_step(lambda: step.run(len(batches[0])), step.parameters, step.optimizer)
             report.extras["captured"] = float(replay is not None)
             if warm:  # the runs before the capture moved it
                 for transform in plan.transforms:
                     transform.warm_up()
         before = step.snapshot() if warm else []
-        losses = _epoch(step, batches, inputs, target, same_input_target, replay)
+        losses = _epoch(step, batches, inputs, target, same_input_target, replay, attention_target)
         residuals = [r for t in plan.transforms if (r := t.residual()) is not None]
         if residuals:
             report.extras["inverse_residual"] = max(*residuals, report.extras.get("inverse_residual", 0.0))
@@ -224,7 +238,7 @@ def fit(
             step.restore(before)
             for transform in plan.transforms:
                 transform.cool_down()
-            losses = _epoch(step, batches, inputs, target, same_input_target, None)
+            losses = _epoch(step, batches, inputs, target, same_input_target, None, attention_target)
             report.extras["direct_inverse_epochs"] = report.extras.get("direct_inverse_epochs", 0.0) + 1
         last_finite = _require_finite(losses, last_finite, epoch, training.epochs, settings)
         weighted = math.fsum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True))
@@ -244,11 +258,12 @@ def _epoch(
     target: HiddenStates,
     same_input_target: HiddenStates | None,
     replay: Callable[[], None] | None,
+    attention_target: HiddenStates | None = None,
 ) -> list[float]:
     """One pass over the windows; the only wait for the device is at its end."""
     losses = torch.zeros(len(batches), device=step.settings.device)
     for i, batch in enumerate(batches):
-        step.fill(batch, inputs, target, same_input_target)
+        step.fill(batch, inputs, target, same_input_target, attention_target)
         if replay is not None and len(batch) == step.settings.batch_size:
             replay()
         else:

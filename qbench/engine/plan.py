@@ -99,17 +99,22 @@ class CalibratedRounding:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Tensors a reconstruction loss may use, all [batch, tokens, hidden].
+    """Tensors a reconstruction loss may use, [batch, tokens, hidden] but for the maps.
 
     Attributes:
         output: The quantized block on the quantized path.
         target: The full-precision block on the full-precision path.
         same_input_target: The full-precision block on the quantized path's input; None unless asked for.
+        attention: Attention map of the quantized block on the quantized path, mean over heads, [batch, queries,
+            keys]; None unless asked for.
+        attention_target: That of the full-precision block on the full-precision path.
     """
 
     output: Tensor
     target: Tensor
     same_input_target: Tensor | None
+    attention: Tensor | None = None
+    attention_target: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,10 +123,11 @@ class Training:
 
     Attributes:
         epochs: Passes over the calibration windows.
-        transform_lr: Learning rate of maps and shifts.
+        transform_lr: Learning rate of maps and shifts, but for transforms with a rate of their own.
         clipping_lr: Learning rate of clipping logits.
         loss: Scalar loss of `LossInputs`.
         same_input_target: Whether the loss needs that target.
+        attention_maps: Whether the loss needs attention maps.
     """
 
     epochs: int
@@ -129,17 +135,22 @@ class Training:
     clipping_lr: float
     loss: Callable[[LossInputs], Tensor]
     same_input_target: bool = False
+    attention_maps: bool = False
 
 
 @dataclass
 class BlockPlan:
-    """Transforms in order, then clipping, then exactly one rounding rule; learned if `training` is given."""
+    """Transforms in order, then clipping, then exactly one rounding rule; learned if `training` is given.
+
+    `grid` replaces the scheme's weight grid where a method asks for another one of the same bits (bit balance).
+    """
 
     transforms: list[Transform] = field(default_factory=list)
     clipping: Clipping | None = None
     rounding: Rounding | CalibratedRounding = uniform.round_to_nearest
     training: Training | None = None
     notes: list[str] = field(default_factory=list)
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,11 @@ class PreparedBlock(nn.Module):
         setattr(self.block.get_submodule(self.spec.attention), attention.ATTRIBUTE, operands)
         return self
 
+    def record_attention(self, maps: attention.Maps | None) -> PreparedBlock:
+        """Leave attention maps in `maps` at each forward pass; None stops that."""
+        setattr(self.block.get_submodule(self.spec.attention), attention.MAPS, maps)
+        return self
+
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Run the layer; families that return a tuple give their first element."""
         out = self.block(hidden_states, **kwargs)

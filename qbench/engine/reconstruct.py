@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from qbench.engine import attention
 from qbench.engine.activations import ActivationStats, Observer
 from qbench.engine.capture import block_inputs, move, reaching
 from qbench.engine.checkpoint import Checkpoint
@@ -29,7 +31,7 @@ from qbench.engine.probe import Probe
 from qbench.engine.progress import Listener
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
-from qbench.errors import NumericalError
+from qbench.errors import DataError, NumericalError, QbenchError
 from qbench.models.base import BlockSpec
 from qbench.quant import uniform
 from qbench.quant.grid import Grid
@@ -68,6 +70,10 @@ class Lane:
     scheme: Scheme
     checkpoint: Checkpoint | None = None
 
+    def has_block(self, index: int) -> bool:
+        """Whether this block is in the checkpoint."""
+        return self.checkpoint is not None and index < len(self.checkpoint)
+
 
 class LaneResult:
     """Finished blocks of one lane, read from the checkpoint or from memory."""
@@ -81,7 +87,8 @@ class LaneResult:
         self.records: list[BlockRecord] = []
         self.transforms: list[list[TransformRecord]] = []
         self.weight_bits = 0
-        self.error: NumericalError | None = None
+        self.error: QbenchError | None = None
+        self._digest = hashlib.sha256()
 
     @property
     def notes(self) -> list[str]:
@@ -94,10 +101,17 @@ class LaneResult:
         self.records.append(state.record)
         self.transforms.append(state.transforms)
         self.weight_bits += state.weight_bits
+        self.seconds += state.record.seconds
+        state.update_digest(self._digest)
         if self.lane.checkpoint is None:
             self._kept.append(state)
         elif fresh:
             self.lane.checkpoint.save(index, state)
+
+    @property
+    def codes(self) -> str:
+        """Hash of the integers of all blocks so far."""
+        return self._digest.hexdigest()
 
     def state(self, index: int) -> BlockState:
         """Block `index`."""
@@ -188,6 +202,26 @@ class _Stream:
         assert total is not None
         return total.div_(len(inputs) * inputs.shape[1])
 
+    @torch.no_grad()
+    def attention_maps(self, block: PreparedBlock, inputs: HiddenStates) -> HiddenStates:
+        """Attention maps of a loaded block for all windows, one at a time: every head's map is in memory at once."""
+        n, tokens, _ = inputs.shape
+        placement = self.settings.placement or choose_placement(
+            4 * n * tokens**2, self.settings.device, self.settings.scratch
+        )
+        found = HiddenStates(
+            (n, tokens, tokens), self.settings.device, placement, folder=self.settings.scratch
+        )
+        maps = attention.Maps()
+        block.record_attention(maps)
+        for i in range(n):
+            with self.settings.autocast_context():
+                block(inputs.read(i, i + 1), **self.kwargs)
+            assert maps.latest is not None
+            found.write(i, maps.latest)
+        block.record_attention(None)
+        return found
+
     def relative_error(self, block: PreparedBlock, inputs: HiddenStates, target: HiddenStates) -> float:
         """MSE(block(inputs), target) / mean(target²)."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.settings.device)
@@ -229,13 +263,22 @@ def reconstruct(
         NumericalError: If the full-precision model itself gives values that are not finite.
     """
     listener = listener or Listener()
-    listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
-    stream = _Stream(model, blocks, ids, settings, len(lanes))
+    results = [LaneResult(lane) for lane in lanes]
+    # A lane whose blocks are all finished is read, not run: nobody needs its activations.
+    finished = [lane.has_block(len(blocks) - 1) for lane in lanes]
+    if not all(finished):
+        listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
+        stream = _Stream(model, blocks, ids, settings, finished.count(False))
     listener.stage("quantize")
     listener.blocks(len(blocks), [lane.name for lane in lanes])
-    results = [LaneResult(lane) for lane in lanes]
+    for result in (result for result, done in zip(results, finished, strict=True) if done):
+        _read(result, len(blocks), listener)
+    if all(finished):
+        return results
     q_inputs = [stream.inputs] * len(lanes)  # never written to: each block's outputs are a new array
-    needs_stats = any(lane.planner.needs.activation_stats for lane in lanes)
+    needs_stats = any(
+        lane.planner.needs.activation_stats for lane, done in zip(lanes, finished, strict=True) if not done
+    )
 
     for index, module in enumerate(blocks):
         prepared = PreparedBlock(module, spec).to(settings.device, torch.float32)
@@ -249,9 +292,9 @@ def reconstruct(
                 observer.stats.clear()
                 fp_outputs = stream.forward(prepared, stream.inputs)
         for i, lane in enumerate(lanes):
-            if results[i].error is not None:
+            if finished[i] or results[i].error is not None:
                 continue
-            done = lane.checkpoint is not None and index < len(lane.checkpoint)
+            done = lane.has_block(index)
             listener.block_start(lane.name, index, done)
             started = time.perf_counter()
             if settings.device.type == "cuda":
@@ -261,8 +304,8 @@ def reconstruct(
             )
             try:
                 state, outputs = work.replay(stream) if done else work.compute(stream, listener)
-            except NumericalError as error:  # this lane ends here, the others go on
-                results[i].error = NumericalError(f"{lane.name}, block {index}: {error}")
+            except (NumericalError, DataError) as error:  # this lane ends here, the others go on
+                results[i].error = type(error)(f"{lane.name}, block {index}: {error}")
                 listener.note(str(results[i].error))
                 continue
             if not done:
@@ -271,7 +314,6 @@ def reconstruct(
                 state.record = _with_errors(state.record, used, prepared, outputs, fp_outputs, started)
             q_inputs[i] = outputs
             results[i].add(index, state, fresh=not done)
-            results[i].seconds += results[i].records[-1].seconds
             if settings.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(settings.device)
                 results[i].peak_gpu_bytes = max(peak, results[i].peak_gpu_bytes or 0)
@@ -279,6 +321,20 @@ def reconstruct(
         stream.inputs = fp_outputs
         prepared = base = observer = work = None  # type: ignore[assignment]  # before the next block is prepared
     return results
+
+
+def _read(result: LaneResult, n_blocks: int, listener: Listener) -> None:
+    """Take all blocks of a lane from its checkpoint."""
+    checkpoint = result.lane.checkpoint
+    assert checkpoint is not None
+    for index in range(n_blocks):
+        listener.block_start(result.lane.name, index, True)
+        try:
+            result.add(index, checkpoint.load(index), fresh=False)
+        except DataError as error:
+            result.error = error
+            return
+        listener.block_end(result.lane.name, result.records[-1])
 
 
 @dataclass
@@ -322,7 +378,7 @@ class _LaneBlock:
         settings = stream.settings
         self.prepared.quantize_operands(
             self.lane.scheme, settings.zero_in_range, settings.attention_granularity
-        )
+        ).record_attention(None)
 
     def _run(self, stream: _Stream, state: BlockState) -> HiddenStates:
         """Load the block exactly as its integers give it and run it."""
@@ -345,18 +401,22 @@ class _LaneBlock:
         probe = Probe(self.prepared, self.base, stream.inputs, stream.kwargs, settings)
         view = BlockView(self.index, self.n_blocks, spec, scheme, grid, self.base, self.stats, probe)
         plan = lane.planner.plan(view)
+        grid = plan.grid or grid
         for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
             part.to(settings.device)
         report = FitReport()
         if plan.training is not None:
-            same_input = None
+            same_input = maps = None
+            self.prepared.load(self.base).quantize_operands(None)
             if plan.training.same_input_target:
-                self.prepared.load(self.base).quantize_operands(None)
                 same_input = stream.forward(self.prepared, self.q_inputs)
+            if plan.training.attention_maps:
+                maps = stream.attention_maps(self.prepared, stream.inputs)
             self._operands(stream)
             report = fit(
                 self.prepared, plan, self.base, grid, self.q_inputs, self.fp_outputs, same_input, stream.kwargs,
                 settings, lambda epoch, epochs, loss: listener.epoch(lane.name, self.index, epoch, epochs, loss),
+                maps,
             )  # fmt: skip
         plan.notes.extend(stream.notes)
         return self._finish(stream, fold(self.base, plan.transforms), plan, grid, report)
@@ -440,9 +500,7 @@ def _describe(transform: Transform) -> TransformRecord:
         function_preserving=transform.function_preserving,
         stored_bits=cost.stored_bits,
         flops_per_token=cost.flops_per_token,
-        note=None
-        if transform.function_preserving
-        else f"{transform.site.name} transform does not commute with RoPE",
+        note=transform.note,
     )
 
 

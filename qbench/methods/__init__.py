@@ -45,6 +45,7 @@ METHODS = _Methods(
         "affinequant": "qbench.methods.affinequant:AffineQuant",
         "awq": "qbench.methods.awq:AWQ",
         "gptq": "qbench.methods.gptq:GPTQ",
+        "abq": "qbench.methods.abq:ABQ",
     },
     group="qbench.methods",
 )

@@ -1,10 +1,11 @@
 """Fake quantization on a GPU: one fused kernel each way.
 
 The same closed form as `fake.py`, which stays the definition and the CPU path. A program holds whole groups in
-registers, so x is read once forward and once backward. Diagonal factors of a weight's rows and columns are multiplied
-in on the way, and their gradients are sums that never leave the chip but for one partial row per program: with a
-bfloat16 result and gradient that is 6 bytes per weight each way, and 4 more where x itself needs a gradient.
-Division is IEEE, rounding is to even: the codes are those of the CPU path. Sums have a fixed order.
+registers, so x is read once forward and once backward (wide groups twice, the second time out of the cache). Diagonal
+factors of a weight's rows and columns are multiplied in on the way, and their gradients are sums that never leave the
+chip but for one partial row per program: with a bfloat16 result and gradient that is 6 bytes per weight each way, and
+4 more where x itself needs a gradient. Division is IEEE, rounding is to even: the codes are those of the CPU path.
+Sums have a fixed order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from qbench.quant.grid import Grid
 from qbench.quant.uniform import SCALE_MAX, SCALE_MIN, ZERO_POINT_LIMIT
 
 ELEMENTS_PER_TILE = 4096
-TILES_PER_PROGRAM = 16  # of the backward pass where it sums over rows: fewer partial rows to write and add
+CHUNK = 2048  # of a group wider than a tile
+TILES_PER_PROGRAM = 8  # of the backward pass where it sums over rows: fewer partial rows to write and add
 MAX_GROUP = 32768  # registers of one program
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(SCALE_MAX)
 _ZERO_LIMIT = tl.constexpr(ZERO_POINT_LIMIT)
@@ -33,12 +35,22 @@ def _round(x):
 
 
 @triton.jit
-def _factor(x, row_ptr, column_factor, row, n_rows, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
-    """x times its row and column factors."""
+def _factor(
+    x,
+    row_ptr,
+    column_ptr,
+    row,
+    column,
+    n_rows,
+    columns,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+):
+    """x times the factors of its rows and columns."""
     if SCALE_ROWS:
         x = x * tl.load(row_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)[:, None]
     if SCALE_COLUMNS:
-        x = x * column_factor[None, :]
+        x = x * tl.load(column_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     return x
 
 
@@ -75,32 +87,77 @@ def _ranges(
 
 
 @triton.jit
+def _levels(x, scale, zero, QMAX: tl.constexpr):
+    """(x/scale, q − z, 1 where the clamp leaves x alone) for groups in rows."""
+    t = tl.div_rn(x, scale[:, None])
+    free = _round(t) + zero[:, None]
+    code = tl.minimum(tl.maximum(free, 0.0), QMAX * 1.0)
+    return t, code - zero[:, None], tl.where(free == code, 1.0, 0.0)
+
+
+@triton.jit
+def _grad_extremes(
+    grad_scale, scale, low, high, bottom, top, upper, lower, grad_upper_ptr, grad_lower_ptr, at_group, valid,
+    QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of each group's lowest and highest value from that of its scale; stores those of the logits."""
+    grad_scale = tl.where((scale > _SCALE_MIN) & (scale < _SCALE_MAX), grad_scale, 0.0)
+    if SYM:
+        grad_scale = grad_scale / (MID - 1.0)
+        size_top, size_bottom = tl.abs(top), tl.abs(bottom)
+        share = tl.where(size_top == size_bottom, 0.5, tl.where(size_top > size_bottom, 1.0, 0.0))
+        grad_top = grad_scale * share * tl.where(top > 0, 1.0, tl.where(top < 0, -1.0, 0.0))
+        sign_bottom = tl.where(bottom > 0, 1.0, tl.where(bottom < 0, -1.0, 0.0))
+        grad_bottom = grad_scale * (1.0 - share) * sign_bottom
+    else:
+        grad_top = grad_scale / QMAX
+        grad_bottom = -grad_top
+    if CLIP:
+        tl.store(grad_upper_ptr + at_group, grad_top * top * (1.0 - upper), mask=valid)
+        tl.store(grad_lower_ptr + at_group, grad_bottom * bottom * (1.0 - lower), mask=valid)
+        grad_top, grad_bottom = grad_top * upper, grad_bottom * lower
+    if ZERO:
+        grad_top, grad_bottom = tl.where(high >= 0, grad_top, 0.0), tl.where(low <= 0, grad_bottom, 0.0)
+    return grad_bottom, grad_top
+
+
+@triton.jit
 def _forward(
     x_ptr, row_ptr, column_ptr, upper_ptr, lower_ptr, y_ptr, low_ptr, high_ptr, n_rows, width, n_groups,
     QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
+    """One group of ROWS rows; a group wider than BLOCK is gone over twice, the second time out of the cache."""
     group = tl.program_id(1)
+    columns = n_groups * width
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
     valid = row < n_rows
-    inside = valid[:, None] & (column[None, :] < width)
-    at = row[:, None].to(tl.int64) * (n_groups * width) + group * width + column[None, :]
-    column_factor = tl.zeros([BLOCK], tl.float32)
-    if SCALE_COLUMNS:
-        column_factor = tl.load(column_ptr + group * width + column, mask=column < width, other=0.0).to(
-            tl.float32
-        )
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = _factor(x, row_ptr, column_factor, row, n_rows, SCALE_ROWS, SCALE_COLUMNS)
-    low = tl.min(tl.where(inside, x, float("inf")), 1)
-    high = tl.max(tl.where(inside, x, -float("inf")), 1)
+    start = row[:, None].to(tl.int64) * columns
+    lowest = tl.full([ROWS, BLOCK], float("inf"), tl.float32)
+    highest = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        within = chunk * BLOCK + tl.arange(0, BLOCK)
+        column = group * width + within
+        inside = valid[:, None] & (within[None, :] < width)
+        x = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = _factor(x, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS)
+        lowest = tl.minimum(lowest, tl.where(inside, x, float("inf")))
+        highest = tl.maximum(highest, tl.where(inside, x, -float("inf")))
+    low, high = tl.min(lowest, 1), tl.max(highest, 1)
     at_group = row * n_groups + group
     upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
     _, _, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
-    scale, zero = scale[:, None], zero[:, None]
-    code = tl.minimum(tl.maximum(_round(tl.div_rn(x, scale)) + zero, 0.0), QMAX * 1.0)
-    tl.store(y_ptr + at, ((code - zero) * scale).to(y_ptr.dtype.element_ty), mask=inside)
+    for chunk in tl.static_range(CHUNKS):
+        within = chunk * BLOCK + tl.arange(0, BLOCK)
+        column = group * width + within
+        inside = valid[:, None] & (within[None, :] < width)
+        if CHUNKS > 1:
+            x = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            x = _factor(x, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS)
+        _, level, _ = _levels(x, scale, zero, QMAX)
+        y = (level * scale[:, None]).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + start + column[None, :], y, mask=inside)
     if KEEP:
         tl.store(low_ptr + at_group, low, mask=valid)
         tl.store(high_ptr + at_group, high, mask=valid)
@@ -112,90 +169,95 @@ def _backward(
     grad_x_ptr, grad_row_ptr, grad_column_ptr, grad_upper_ptr, grad_lower_ptr, n_rows, width, n_groups,
     QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
     SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, WANT_X: tl.constexpr,
-    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
+    """One group of TILES · ROWS rows, whose column sums stay in registers; CHUNKS as in the forward pass."""
     group = tl.program_id(1)
-    column = tl.arange(0, BLOCK)
-    column_factor = tl.zeros([BLOCK], tl.float32)
-    if SCALE_COLUMNS:
-        column_factor = tl.load(column_ptr + group * width + column, mask=column < width, other=0.0).to(
-            tl.float32
-        )
+    columns = n_groups * width
     column_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(TILES):
         row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         valid = row < n_rows
-        inside = valid[:, None] & (column[None, :] < width)
-        at = row[:, None].to(tl.int64) * (n_groups * width) + group * width + column[None, :]
-        base = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = _factor(base, row_ptr, column_factor, row, n_rows, SCALE_ROWS, SCALE_COLUMNS)
+        start = row[:, None].to(tl.int64) * columns
         at_group = row * n_groups + group
         low = tl.load(low_ptr + at_group, mask=valid, other=0.0)
         high = tl.load(high_ptr + at_group, mask=valid, other=1.0)
         upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
         bottom, top, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
-
-        t = tl.div_rn(x, scale[:, None])
-        free = _round(t) + zero[:, None]
-        code = tl.minimum(tl.maximum(free, 0.0), QMAX * 1.0)
-        on_grid = tl.where(free == code, 1.0, 0.0)
-        grad_scale = tl.sum(g * (code - zero[:, None] - on_grid * t), 1)
-        grad_scale = tl.where((scale > _SCALE_MIN) & (scale < _SCALE_MAX), grad_scale, 0.0)
-        if SYM:
-            grad_scale = grad_scale / (MID - 1.0)
-            size_top, size_bottom = tl.abs(top), tl.abs(bottom)
-            share = tl.where(size_top == size_bottom, 0.5, tl.where(size_top > size_bottom, 1.0, 0.0))
-            grad_top = grad_scale * share * tl.where(top > 0, 1.0, tl.where(top < 0, -1.0, 0.0))
-            grad_bottom = (
-                grad_scale * (1.0 - share) * tl.where(bottom > 0, 1.0, tl.where(bottom < 0, -1.0, 0.0))
-            )
-        else:
-            grad_top = grad_scale / QMAX
-            grad_bottom = -grad_top
-        if CLIP:
-            tl.store(grad_upper_ptr + at_group, grad_top * top * (1.0 - upper), mask=valid)
-            tl.store(grad_lower_ptr + at_group, grad_bottom * bottom * (1.0 - lower), mask=valid)
-            grad_top, grad_bottom = grad_top * upper, grad_bottom * lower
+        by_scale = tl.zeros([ROWS, BLOCK], tl.float32)
+        n_high = tl.zeros([ROWS, BLOCK], tl.float32)
+        n_low = tl.zeros([ROWS, BLOCK], tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            within = chunk * BLOCK + tl.arange(0, BLOCK)
+            column = group * width + within
+            inside = valid[:, None] & (within[None, :] < width)
+            base = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(grad_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            x = _factor(base, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS)
+            t, level, on_grid = _levels(x, scale, zero, QMAX)
+            by_scale += g * (level - on_grid * t)
+            if WANT_X or SCALE_ROWS or SCALE_COLUMNS:
+                n_high += tl.where(inside & (x == high[:, None]), 1.0, 0.0)
+                n_low += tl.where(inside & (x == low[:, None]), 1.0, 0.0)
+        grad_low, grad_high = _grad_extremes(
+            tl.sum(by_scale, 1), scale, low, high, bottom, top, upper, lower, grad_upper_ptr, grad_lower_ptr, at_group,
+            valid, QMAX, MID, SYM, ZERO, CLIP,
+        )  # fmt: skip
         if WANT_X or SCALE_ROWS or SCALE_COLUMNS:
-            if ZERO:
-                grad_top, grad_bottom = (
-                    tl.where(high >= 0, grad_top, 0.0),
-                    tl.where(low <= 0, grad_bottom, 0.0),
-                )
-            at_high = tl.where(inside & (x == high[:, None]), 1.0, 0.0)
-            at_low = tl.where(inside & (x == low[:, None]), 1.0, 0.0)
-            grad_x = g * on_grid + at_high * (grad_top / tl.maximum(tl.sum(at_high, 1), 1.0))[:, None]
-            grad_x += at_low * (grad_bottom / tl.maximum(tl.sum(at_low, 1), 1.0))[:, None]
-            if SCALE_ROWS:
-                by_row = tl.where(inside, grad_x * base, 0.0)
+            grad_high = grad_high / tl.maximum(tl.sum(n_high, 1), 1.0)  # ties share it
+            grad_low = grad_low / tl.maximum(tl.sum(n_low, 1), 1.0)
+            row_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+            for chunk in tl.static_range(CHUNKS):
+                within = chunk * BLOCK + tl.arange(0, BLOCK)
+                column = group * width + within
+                inside = valid[:, None] & (within[None, :] < width)
+                if CHUNKS > 1:
+                    base = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+                    g = tl.load(grad_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
+                    x = _factor(
+                        base, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS
+                    )
+                    _, _, on_grid = _levels(x, scale, zero, QMAX)
+                grad_x = g * on_grid + tl.where(x == high[:, None], grad_high[:, None], 0.0)
+                grad_x = tl.where(inside, grad_x + tl.where(x == low[:, None], grad_low[:, None], 0.0), 0.0)
+                if SCALE_ROWS:
+                    row_sum += _factor(
+                        grad_x * base, row_ptr, column_ptr, row, column, n_rows, columns, False, SCALE_COLUMNS
+                    )
                 if SCALE_COLUMNS:
-                    by_row = by_row * column_factor[None, :]
-                tl.store(grad_row_ptr + group * n_rows + row, tl.sum(by_row, 1), mask=valid)
-            if SCALE_COLUMNS:
-                by_column = tl.where(inside, grad_x * base, 0.0)
-                column_sum += _factor(by_column, row_ptr, column_factor, row, n_rows, SCALE_ROWS, False)
-            if WANT_X:
-                grad_x = _factor(grad_x, row_ptr, column_factor, row, n_rows, SCALE_ROWS, SCALE_COLUMNS)
-                tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+                    column_sum += _factor(
+                        grad_x * base, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, False
+                    )
+                if WANT_X:
+                    grad_x = _factor(
+                        grad_x, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS
+                    )
+                    grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
+                    tl.store(grad_x_ptr + start + column[None, :], grad_x, mask=inside)
+            if SCALE_ROWS:
+                tl.store(grad_row_ptr + group * n_rows + row, tl.sum(row_sum, 1), mask=valid)
     if SCALE_COLUMNS:
-        partial = tl.program_id(0).to(tl.int64) * (n_groups * width) + group * width + column
-        tl.store(grad_column_ptr + partial, tl.sum(column_sum, 0), mask=column < width)
+        within = tl.arange(0, BLOCK)
+        partial = tl.program_id(0).to(tl.int64) * columns + group * width + within
+        tl.store(grad_column_ptr + partial, tl.sum(column_sum, 0), mask=within < width)
 
 
 class _Launch:
     """How a tensor is cut into programs."""
 
-    def __init__(self, x: Tensor, grid: Grid):
+    def __init__(self, x: Tensor, grid: Grid, whole_groups: bool = False):
+        """Wide groups go in chunks, unless `whole_groups` must be held at once (sums over rows)."""
         self.width = grid.group_size or x.shape[-1]
         self.n_groups = x.shape[-1] // self.width
         self.n_rows = x.numel() // x.shape[-1]
-        self.block = triton.next_power_of_2(self.width)
-        self.rows = max(1, ELEMENTS_PER_TILE // self.block)
-        self.warps = 4 if self.block <= ELEMENTS_PER_TILE else 8 if self.block <= 8192 else 16
+        block = triton.next_power_of_2(self.width)
+        if block > ELEMENTS_PER_TILE and not whole_groups:
+            block = CHUNK
+        self.rows = max(1, ELEMENTS_PER_TILE // block) if block >= self.width else 1
+        warps = 4 if block <= ELEMENTS_PER_TILE else 8 if block <= 8192 else 16
         self.constants = {
             "QMAX": grid.qmax, "MID": grid.mid, "SYM": grid.symmetric, "ZERO": grid.zero_in_range,
-            "ROWS": self.rows, "BLOCK": self.block, "num_warps": self.warps,
+            "ROWS": self.rows, "BLOCK": block, "CHUNKS": triton.cdiv(self.width, block), "num_warps": warps,
         }  # fmt: skip
 
     def programs(self, tiles: int = 1) -> tuple[int, int]:
@@ -240,7 +302,7 @@ def backward(
     want_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of (x, row_scale, column_scale, upper, lower); x and grad contiguous."""
-    launch = _Launch(x, grid)
+    launch = _Launch(x, grid, whole_groups=column_scale is not None)
     tiles = TILES_PER_PROGRAM if column_scale is not None else 1
     programs = launch.programs(tiles)
     grad_x = torch.empty_like(x) if want_x else None

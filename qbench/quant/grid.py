@@ -1,6 +1,8 @@
 """Grid: which integers one tensor may take, and which elements share a scale.
 
-The grid is always unsigned, 0 … 2^bits − 1; a symmetric grid puts its zero at 2^(bits−1) instead of storing one.
+The grid is always unsigned, 0 … qmax. qmax is 2^bits − 1, or 2^bits on a bit-balanced grid, whose one more level
+makes the number of levels odd (W2* of ABQ-LLM: five levels instead of four). A symmetric grid puts its zero at
+2^(bits−1) instead of storing one.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qbench.errors import UnsupportedSchemeError
+from qbench.quant import quinary
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,22 @@ class Grid:
         zero_in_range: Widen every range to contain 0. The published AffineQuant/OmniQuant form (False)
             uses the group's true extremes, whose zero point can leave the grid; GPTQ and every packed
             format need a zero inside. The two agree wherever a group has both signs.
+        extra_level: Codes 0 … 2^bits instead of 0 … 2^bits − 1 ("bit balance" of ABQ-LLM); with a zero point only.
     """
 
     bits: int
     symmetric: bool = False
     group_size: int | None = None
     zero_in_range: bool = True
+    extra_level: bool = False
+
+    def __post_init__(self) -> None:
+        assert not (self.extra_level and self.symmetric), "a bit-balanced grid has a zero point"
 
     @property
     def qmax(self) -> int:
         """Largest code; the smallest is 0."""
-        return 2**self.bits - 1
+        return 2**self.bits - (0 if self.extra_level else 1)
 
     @property
     def mid(self) -> int:
@@ -49,6 +57,13 @@ class Grid:
     def n_groups(self, width: int) -> int:
         """Scales per row of a tensor whose last dimension is `width`."""
         return width // (self.group_size or width)
+
+    def stored_bits(self, count: int) -> int:
+        """Bits that `count` codes take when packed: `bits` each, and five-level codes as `quant.quinary` packs them."""
+        if not self.extra_level:
+            return count * self.bits
+        assert self.bits == 2, "only five levels have a packed form"
+        return 8 * quinary.packed_bytes(count)
 
 
 def check_group_size(group_size: int | None, widths: Mapping[str, int]) -> None:

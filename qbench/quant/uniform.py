@@ -65,7 +65,7 @@ def zero_point(low: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
-    """Codes of x in 0 … 2^bits − 1, uint8, in the shape of x.
+    """Codes of x in 0 … qmax, uint8, in the shape of x.
 
     Args:
         x: [..., n].
@@ -96,7 +96,7 @@ class QuantizedWeight:
     """The truth about one quantized linear: integers, their scales and zero points.
 
     Attributes:
-        codes: uint8 [out, in], 0 … 2^bits − 1.
+        codes: uint8 [out, in], 0 … qmax.
         scale: float16 [out, groups].
         zero_point: int16 [out, groups]; equal to 2^(bits−1) everywhere on a symmetric grid.
         grid: What the three mean.
@@ -119,12 +119,13 @@ class QuantizedWeight:
 
     @property
     def stored_bits(self) -> int:
-        """Codes at `bits`, scales at 16, zero points at `bits` (16 where one leaves the grid; 0 if symmetric)."""
-        bits = self.codes.numel() * self.grid.bits + self.scale.numel() * 16
+        """Codes as packed, scales at 16, zero points like codes (16 where one leaves the grid; 0 if symmetric)."""
+        bits = self.grid.stored_bits(self.codes.numel()) + self.scale.numel() * 16
         if self.grid.symmetric:
             return bits
         inside = bool(((self.zero_point >= 0) & (self.zero_point <= self.grid.qmax)).all())
-        return bits + self.zero_point.numel() * (self.grid.bits if inside else 16)
+        zeros = self.zero_point.numel()
+        return bits + (self.grid.stored_bits(zeros) if inside else 16 * zeros)
 
 
 def stored_qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ def columns(
     rows = [row for block in table.blocks for row in block.rows]
     found = [
         Column("method", ("method",), tuple(_label(row, comparison) for row in rows)),
-        Column("scheme", ("scheme",), tuple(row.result.scheme for row in rows)),
+        Column("scheme", ("scheme",), tuple(row.result.scheme_label for row in rows)),
     ]
     reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
     for key in metrics:

@@ -215,6 +215,8 @@ class Blocks:
 
     def apply_rows(self, x: Tensor) -> Tensor:
         """x·Aᵀ within each group."""
+        if self.matrix.shape[0] == 1 and _large(self.matrix) and x.dim() > 1:
+            return _NearDiagonalProduct.apply(x, self.matrix[0].mT)
         return _rows_times(x, self.matrix.mT)
 
     def undo_outputs(self, weight: Tensor) -> Tensor:
@@ -275,6 +277,31 @@ def _dense(a: Tensor, b: Tensor) -> Tensor:
 def _rotate(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     first, second = x.reshape(*x.shape[:-1], a.shape[0], 2, a.shape[1]).unbind(-2)
     return torch.stack((first * a - second * b, first * b + second * a), -2).reshape(x.shape)
+
+
+class _NearDiagonalProduct(torch.autograd.Function):
+    """a @ b for a large b that is a diagonal and little else: the diagonal exactly, the rest as a coarse product.
+
+    A transform's off-diagonal part is held down by the stability factor, so three digits of it are worth as much as
+    TF32's three and a half of the whole, at half the time; the backward pass uses the same half-precision copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        coarse_a, coarse_b = a.to(COARSE_DTYPE), b.to(COARSE_DTYPE)
+        ctx.needs = ctx.needs_input_grad
+        ctx.save_for_backward(coarse_a, coarse_b)
+        rest = coarse_a @ coarse_b.clone().fill_diagonal_(0)
+        return torch.addcmul(rest, a, b.diagonal())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        coarse_a, coarse_b = ctx.saved_tensors
+        coarse = grad.to(COARSE_DTYPE)
+        grad_a = (coarse @ coarse_b.mT).to(grad.dtype) if ctx.needs[0] else None
+        grad_b = (coarse_a.mT @ coarse).to(grad.dtype) if ctx.needs[1] else None
+        return grad_a, grad_b
 
 
 def _rows_times(x: Tensor, matrix: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ class Transform(nn.Module):
     """A map and a shift at one site. Subclasses hold the map's parameters."""
 
     kind = "shift"
+    learning_rate: float | None = None  # where it differs from that of the plan's other transforms
 
     def __init__(self, spec: BlockSpec, site: Site, shift: Tensor | None = None):
         """Keep the site and, if given, a learnable shift that starts at `shift` [channels]."""
@@ -58,6 +59,11 @@ class Transform(nn.Module):
     def function_preserving(self) -> bool:
         """False only for published forms that do not commute with rotary embedding."""
         return True
+
+    @property
+    def note(self) -> str | None:
+        """What the row says of a transform that does not preserve the function."""
+        return None if self.function_preserving else f"{self.site.name} transform does not commute with RoPE"
 
     def build_map(self) -> Map | None:
         """A, differentiable in the parameters."""
@@ -250,6 +256,40 @@ class RotationTransform(Transform):
     def guard_(self) -> None:
         """See `Transform`."""
         _push_from_zero(self.a)
+
+
+class Compensation(Transform):
+    """A learned rank-one term of one linear's weight: W + a·bᵀ, merged into the weight before it is rounded.
+
+    Of ABQ-LLM (arXiv 2408.08554). It gives the rounded weight freedom, not the function another form: so it is the last
+    transform and preserves nothing by itself. a starts at 0 and b at 1.
+    """
+
+    kind = "compensation"
+
+    def __init__(self, spec: BlockSpec, role: str, learning_rate: float):
+        """Sit at the weight of the linear `role`."""
+        super().__init__(spec, Site(f"compensation_{role}", "hidden", role, (role,), role))
+        self.learning_rate = learning_rate
+        rows, columns = spec.shapes[role]
+        self.a, self.b = nn.Parameter(torch.zeros(rows, 1)), nn.Parameter(torch.ones(1, columns))
+
+    @property
+    def function_preserving(self) -> bool:
+        """See the class."""
+        return False
+
+    @property
+    def note(self) -> str:
+        """See `Transform`."""
+        return f"a learned rank-one term was added to {self.site.producer} before rounding"
+
+    def apply_to(self, tensors: BlockTensors) -> None:
+        """See `Transform`."""
+        role = self.site.producer
+        tensors.settle_rows(role)
+        tensors.settle_columns(role)
+        tensors.weight[role] = tensors.weight[role] + self.a @ self.b
 
 
 def _push_from_zero(x: Tensor) -> None:

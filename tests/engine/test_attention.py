@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qbench.engine import attention
-from qbench.engine.attention import Operands
+from qbench.engine.attention import Maps, Operands
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import fake_quantize
 from tests.blocks import VARIANTS, blocks_of
@@ -106,3 +106,67 @@ def test_granularity_decides_which_elements_share_a_range() -> None:
 
 def test_registering_twice_is_harmless() -> None:
     assert attention.register() == attention.register() == "qbench"
+
+
+def recorded(model: nn.Module, ids: torch.Tensor, operands: Operands | None = None) -> list[Maps]:
+    """Maps of every block for one forward pass."""
+    found = []
+    for block in blocks_of(model):
+        found.append(Maps())
+        setattr(block.self_attn, attention.MAPS, found[-1])
+        setattr(block.self_attn, attention.ATTRIBUTE, operands)
+    return found
+
+
+def test_recorded_maps_are_those_of_the_eager_attention_and_the_output_does_not_change(model, tokens) -> None:
+    """Grouped heads, biases, norms on q and k, rotary or learned positions: every variant of the fixture."""
+    plain = logits(model, tokens)
+    found = recorded(model, tokens)
+    assert torch.allclose(logits(model, tokens), plain, rtol=1e-4, atol=1e-5)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        eager = model(input_ids=tokens, use_cache=False, output_attentions=True).attentions
+    for maps, probabilities in zip(found, eager, strict=True):
+        assert torch.allclose(maps.latest, probabilities.mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_recorded_maps_keep_masks(build_tiny, tokens) -> None:
+    model = build_tiny("mistral", sliding_window=4, num_hidden_layers=1)
+    model.set_attn_implementation(attention.register())
+    plain = logits(model, tokens)
+    (maps,) = recorded(model, tokens)
+    assert torch.allclose(logits(model, tokens), plain, rtol=1e-4, atol=1e-5)
+    window = torch.ones(24, 24).tril() - torch.ones(24, 24).tril(-4)
+    assert torch.equal(maps.latest != 0, window.bool().expand(8, -1, -1))
+    assert torch.allclose(maps.latest.sum(-1), torch.ones(8, 24))
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt"])
+def test_recorded_maps_are_those_of_quantized_operands(build_tiny, tokens, variant: str) -> None:
+    model = build_tiny(*VARIANTS[variant][:1])
+    model.set_attn_implementation(attention.register())
+    operands = Operands(Grid(3), Grid(3))
+    for block in blocks_of(model):
+        setattr(block.self_attn, attention.ATTRIBUTE, operands)
+    expected = logits(model, tokens)
+    maps = recorded(model, tokens, operands)
+    assert torch.allclose(logits(model, tokens), expected, rtol=1e-4, atol=1e-5)
+    quantized = maps[0].latest
+    plain = recorded(model, tokens)
+    logits(model, tokens)
+    assert (quantized - plain[0].latest).abs().max() > 1e-2
+
+
+def test_maps_by_hand() -> None:
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)  # two query heads per key head
+    found = attention.probabilities(query, key, None, 0.5)
+    for batch in range(2):
+        for head in range(4):
+            for token in range(3):
+                scores = [
+                    0.5 * float(query[batch, head, token] @ key[batch, head // 2, j])
+                    for j in range(token + 1)
+                ]
+                row = torch.tensor(scores, dtype=torch.float64).softmax(0).float()
+                assert torch.allclose(found[batch, head, token, : token + 1], row, rtol=1e-4)
+                assert bool((found[batch, head, token, token + 1 :] == 0).all())

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qbench.engine.attention import Maps
 from qbench.engine.hidden import HiddenStates
+from qbench.engine.losses import attention_divergence
 from qbench.engine.optimize import fit
 from qbench.engine.plan import BlockPlan, LossInputs, Training
 from qbench.engine.prepare import PreparedBlock
@@ -55,6 +57,8 @@ def squared_error(inputs: LossInputs) -> Tensor:
     loss = functional.mse_loss(inputs.output, inputs.target)
     if inputs.same_input_target is not None:
         loss = loss + functional.mse_loss(inputs.output, inputs.same_input_target)
+    if inputs.attention is not None:
+        loss = loss + attention_divergence(inputs)
     return loss
 
 
@@ -89,6 +93,7 @@ class Problem:
     inputs: Tensor
     target: Tensor
     same: Tensor | None
+    maps: Tensor | None = None
     epochs: list[float] = field(default_factory=list)
 
     @property
@@ -112,6 +117,7 @@ class Problem:
         report = fit(
             self.prepared(), self.plan, self.case.tensors(), self.grid, hidden(self.inputs), hidden(self.target),
             hidden(self.same), self.case.kwargs, arranged, lambda epoch, epochs, loss: self.epochs.append(loss),
+            hidden(self.maps),
         )  # fmt: skip
         return report.losses
 
@@ -125,9 +131,20 @@ class Problem:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qbench.engine.prepare.fake_quantize", quantize)
             patch.setattr("qbench.engine.attention.fake_quantize", quantize)
-            output = self.prepared().load(tensors)(self.inputs[windows], **self.case.kwargs)
+            maps = Maps() if self.maps is not None else None
+            prepared = self.prepared().load(tensors).record_attention(maps)
+            output = prepared(self.inputs[windows], **self.case.kwargs)
         same = None if self.same is None else self.same[windows]
-        return squared_error(LossInputs(output, self.target[windows], same))
+        seen = (None, None) if maps is None else (maps.latest, self.maps[windows])
+        return squared_error(LossInputs(output, self.target[windows], same, *seen))
+
+
+@torch.no_grad()
+def target_maps(case: Case) -> Tensor:
+    """Attention maps of the full-precision block, [windows, tokens, tokens]."""
+    found = Maps()
+    case.prepared().double().load(case.tensors()).record_attention(found)(case.hidden, **case.kwargs)
+    return found.latest
 
 
 def random_transforms(case: Case) -> list[Transform]:
@@ -157,7 +174,12 @@ def random_transforms(case: Case) -> list[Transform]:
 @pytest.fixture
 def make(build_tiny, tokens) -> Callable[..., Problem]:
     def build(
-        family: str = "opt", scheme: str = "W4A4", *, auxiliary: bool = False, epochs: int = 1
+        family: str = "opt",
+        scheme: str = "W4A4",
+        *,
+        auxiliary: bool = False,
+        maps: bool = False,
+        epochs: int = 1,
     ) -> Problem:
         case = build_case(build_tiny, family, tokens[:WINDOWS])
         parsed = Scheme.parse(scheme)
@@ -168,11 +190,13 @@ def make(build_tiny, tokens) -> Callable[..., Problem]:
             with torch.no_grad():  # from 1 to 4: ranges of 73 to 98 %
                 for logit in clipping.parameters():
                     logit.copy_(1 + 3 * torch.rand_like(logit))
-        training = Training(epochs, 5e-3, 1e-2, squared_error, auxiliary)
+        training = Training(epochs, 5e-3, 1e-2, squared_error, auxiliary, maps)
         plan = BlockPlan(random_transforms(case), clipping, training=training)
         inputs = case.hidden + 0.02 * torch.randn_like(case.hidden)  # the quantized path's
         same = case.expected + 0.1 * torch.randn_like(case.expected) if auxiliary else None
-        return Problem(case, plan, grid, parsed, inputs, case.expected, same)
+        return Problem(
+            case, plan, grid, parsed, inputs, case.expected, same, target_maps(case) if maps else None
+        )
 
     return build
 
@@ -277,9 +301,31 @@ def test_activations_alone_train_the_transforms(make, still) -> None:
         assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-9), name
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("scheme", ["W4A4", "W3A16g8"])
+def test_gradients_through_attention_maps_are_those_of_one_uncut_graph(make, still, family, scheme) -> None:
+    problem: Problem = make(family, scheme, auxiliary=True, maps=True)
+    (loss,) = problem.fit(batch_size=WINDOWS)
+    plain: Problem = make(family, scheme, auxiliary=True)
+
+    def reference(x: Tensor, grid: Grid, u: Tensor | None = None, low: Tensor | None = None, **_) -> Tensor:
+        return fake.reference(x, grid, u, low)
+
+    parameters = problem.parameters
+    expected = problem.loss(reference)
+    assert (
+        loss == pytest.approx(float(expected.detach()), rel=1e-9) and plain.fit(batch_size=WINDOWS)[0] < loss
+    )
+    problem.fit(batch_size=WINDOWS)
+    gradients = torch.autograd.grad(problem.loss(reference), list(parameters.values()))
+    for name, found, wanted in zip(parameters, still.last.steps[0], gradients, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max())), name
+
+
+@pytest.mark.parametrize("maps", [False, True], ids=["outputs", "maps"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, WINDOWS, 9])
-def test_micro_batches_agree_with_the_whole_batch(make, still, micro_batch) -> None:
-    problem: Problem = make("opt", "W4A4", auxiliary=True)
+def test_micro_batches_agree_with_the_whole_batch(make, still, micro_batch, maps) -> None:
+    problem: Problem = make("opt", "W4A4", auxiliary=True, maps=maps)
     whole = problem.fit(batch_size=WINDOWS)
     expected = still.last.steps[0]
     split = problem.fit(batch_size=WINDOWS, micro_batch=micro_batch)

@@ -27,7 +27,7 @@ GRIDS = [
         ((None, "channel"), (4, "g4")),
         ((True, "widened"), (False, "published")),
     )
-]
+] + [pytest.param(Grid(2, False, 4, zero, True), id=f"2bit-balanced-g4-{zero}") for zero in (True, False)]
 CLIPPED = pytest.mark.parametrize("clipped", [False, True], ids=["unclipped", "clipped"])
 
 
@@ -65,11 +65,12 @@ class Surrogate:
 
     def __init__(self, x: Tensor, grid: Grid, upper: Tensor | None, lower: Tensor | None):
         self.grid = grid
+        self.steps = 4 if grid.extra_level else 2**grid.bits - 1
         t, self.zero = self.scaled(x, upper, lower)[1:]
         codes = t.round() + self.zero
         self.residue = t.round() - t
-        self.cut = codes.clamp(0, 2**grid.bits - 1)
-        self.inside = (codes >= 0) & (codes <= 2**grid.bits - 1)
+        self.cut = codes.clamp(0, self.steps)
+        self.inside = (codes >= 0) & (codes <= self.steps)
 
     def scaled(self, x: Tensor, upper: Tensor | None, lower: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         size = self.grid.group_size or x.shape[-1]
@@ -83,7 +84,7 @@ class Surrogate:
             scale = torch.maximum(high.abs(), low.abs()) / (2 ** (self.grid.bits - 1) - 1)
             zero = torch.full_like(scale, 2 ** (self.grid.bits - 1))
         else:
-            scale = (high - low) / (2**self.grid.bits - 1)
+            scale = (high - low) / self.steps
             zero = (-low / scale).round()
         return scale, groups / scale, zero
 

@@ -21,10 +21,14 @@ from qbench.quant.grid import Grid
 generator = torch.Generator().manual_seed(0)
 def random(*shape): return torch.randn(*shape, generator=generator)
 checked = 0
-for symmetric, (group, width), zero, bits in itertools.product(
-    (False, True), ((None, 40), (16, 48), (None, 4100)), (False, True), (2, 4)
-):
-    grid = Grid(bits, symmetric, group, zero)
+cases = [
+    (symmetric, *size, zero, 2 if symmetric == zero else 4, False)
+    for symmetric, size, zero in itertools.product(
+        (False, True), ((None, 24), (16, 48), (None, 75)), (False, True)
+    )
+] + [(False, 16, 48, zero, 2, True) for zero in (False, True)]  # bit-balanced
+for symmetric, group, width, zero, bits, extra in cases:
+    grid = Grid(bits, symmetric, group, zero, extra)
     x = random(5, width) + (0 if zero else 3)
     x[0, :4] = x[0, 4]          # ties
     x[1, 0] = x[1].max()
@@ -32,7 +36,8 @@ for symmetric, (group, width), zero, bits in itertools.product(
         x[2] = x[2].abs() + 0.1  # one sign only: the range is widened
     logits = [random(5, grid.n_groups(width)) + 2 for _ in range(2)]
     upstream = random(5, width)
-    fake_triton.TILES_PER_PROGRAM, fake_triton.ELEMENTS_PER_TILE = 2, 64  # several programs, the last one ragged
+    # several programs and chunks, the last ones ragged
+    fake_triton.TILES_PER_PROGRAM, fake_triton.ELEMENTS_PER_TILE, fake_triton.CHUNK = 2, 32, 32
     scales = [random(5).abs() + 0.5, random(width).exp()]
     for clipping, row, column, want_x in (
         ([None, None], None, None, True), (logits, None, None, True), (logits, None, None, False),
@@ -48,7 +53,7 @@ for symmetric, (group, width), zero, bits in itertools.product(
         found_gradients = torch.autograd.grad((found * upstream).sum(), leaves)
         for got, wanted in zip([found, *found_gradients], [value.detach(), *gradients], strict=True):
             error = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-            assert error < 2e-5, (symmetric, group, width, zero, bits, float(error))
+            assert error < 1e-4, (symmetric, group, width, zero, bits, float(error))
             checked += 1
 print("checked", checked)
 """
@@ -66,4 +71,4 @@ def test_the_kernels_agree_with_the_cpu_path() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["checked", str(24 * (2 + 4 + 3 + 4 + 5 + 4 + 5))]
+    assert done.stdout.split() == ["checked", str(14 * (2 + 4 + 3 + 4 + 5 + 4 + 5))]

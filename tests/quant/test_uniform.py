@@ -32,7 +32,17 @@ GRIDS = [
         ((None, "channel"), (8, "g8")),
         ((True, "widened"), (False, "published")),
     )
+] + [
+    pytest.param(Grid(2, False, group, zero, True), id=f"2bit-balanced-{size}-{form}")
+    for (group, size), (zero, form) in itertools.product(
+        ((None, "channel"), (8, "g8")), ((True, "widened"), (False, "published"))
+    )
 ]
+
+
+def steps(grid: Grid) -> int:
+    """Steps between the lowest and the highest level."""
+    return 4 if grid.extra_level else 2**grid.bits - 1
 
 
 def clamp(value: float, low: float, high: float) -> float:
@@ -43,7 +53,7 @@ def naive_qparams(low: float, high: float, grid: Grid) -> tuple[float, int]:
     if grid.symmetric:
         scale = max(abs(low), abs(high)) / (2 ** (grid.bits - 1) - 1)
         return clamp(scale, 1e-5, 1e4), 2 ** (grid.bits - 1)
-    scale = clamp((high - low) / (2**grid.bits - 1), 1e-5, 1e4)
+    scale = clamp((high - low) / steps(grid), 1e-5, 1e4)
     return scale, round(clamp(-low / scale, -1e4, 1e4))
 
 
@@ -61,7 +71,7 @@ def naive(x: Tensor, grid: Grid) -> tuple[list[list[int]], list[list[float]], li
             scale, zero = naive_qparams(low, high, grid)
             params.append((scale, zero))
             for value in group:
-                code = int(clamp(round(value / scale) + zero, 0, 2**grid.bits - 1))
+                code = int(clamp(round(value / scale) + zero, 0, steps(grid)))
                 codes.append(code)
                 values.append((code - zero) * scale)
         all_codes.append(codes)
@@ -109,10 +119,10 @@ def test_every_group_has_at_most_two_to_the_bits_values_and_sits_on_its_grid(gri
     for group, scale, zero in zip(
         groups.flatten(0, 1), quantized.scale.flatten(), quantized.zero_point.flatten(), strict=True
     ):
-        assert len(group.unique()) <= 2**grid.bits
+        assert len(group.unique()) <= steps(grid) + 1
         codes = group / scale.double() + zero
         assert (codes - codes.round()).abs().max() < 1e-6
-        assert codes.min() > -1e-6 and codes.max() < 2**grid.bits - 1 + 1e-6
+        assert codes.min() > -1e-6 and codes.max() < steps(grid) + 1e-6
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -276,8 +286,19 @@ def test_same_weight_gives_the_same_codes() -> None:
         (Grid(4, symmetric=True, group_size=8), [8, 8], 64 * 4 + 8 * 16),
         (Grid(4, group_size=8, zero_in_range=False), [-3, 4], 64 * 4 + 8 * 16 + 8 * 16),
         (Grid(4, group_size=8, zero_in_range=False), [4, 16], 64 * 4 + 8 * 16 + 8 * 16),
+        # 64 codes are three units of 24, eight zero points are one; a unit is seven bytes
+        (Grid(2, group_size=8, extra_level=True), [0, 4], 3 * 56 + 8 * 16 + 56),
+        (Grid(2, group_size=8, zero_in_range=False, extra_level=True), [0, 5], 3 * 56 + 8 * 16 + 8 * 16),
     ],
-    ids=["asym-g8", "asym-channel", "sym-stores-no-zero", "zero-below-the-grid", "zero-above-the-grid"],
+    ids=[
+        "asym-g8",
+        "asym-channel",
+        "sym-stores-no-zero",
+        "zero-below-the-grid",
+        "zero-above-the-grid",
+        "balanced",
+        "balanced-zero-above-the-grid",
+    ],
 )
 def test_stored_bits(grid: Grid, zero_points: list[int], expected: int) -> None:
     groups = grid.n_groups(32)
@@ -293,3 +314,32 @@ def test_bits_per_weight_of_a_group_of_128_at_4_bits() -> None:
     grid = Grid(4, group_size=128)
     quantized = round_to_nearest(weight, *extremes(weight, grid), grid)
     assert math.isclose(quantized.stored_bits / weight.numel(), 4 + (16 + 4) / 128)
+
+
+def test_a_bit_balanced_grid_has_five_levels_and_counts_what_they_cost() -> None:
+    weight = torch.randn(48, 512)
+    balanced, plain = Grid(2, group_size=64, extra_level=True), Grid(2, group_size=64)
+    found = round_to_nearest(weight, *extremes(weight, balanced), balanced)
+    groups = balanced.split(found.dequantize())
+    counts = [len(group.unique()) for group in groups.flatten(0, 1)]
+    assert set(counts) <= {4, 5} and counts.count(5) > 0.8 * len(
+        counts
+    )  # a rounded zero point may cut one end
+    assert found.codes.unique().tolist() == [0, 1, 2, 3, 4]
+    bits = found.stored_bits / weight.numel()
+    assert bits == pytest.approx(7 / 3 + (16 + 7 / 3) / 64)
+    assert math.log2(5) < bits - 16 / 64  # never below what five levels can be told apart with
+    four = round_to_nearest(weight, *extremes(weight, plain), plain)
+    assert (found.dequantize() - weight).square().mean() < (four.dequantize() - weight).square().mean()
+
+
+def test_a_balanced_grid_over_a_range_of_equal_ends_is_symmetric() -> None:
+    grid = Grid(2, extra_level=True)
+    weight = torch.tensor([[-2.0, -1.1, 0.1, 0.9, 2.0]])
+    found = round_to_nearest(weight, *extremes(weight, grid), grid)
+    assert (found.codes.int() - found.zero_point.int()).tolist() == [[-2, -1, 0, 1, 2]]
+
+
+def test_a_symmetric_grid_has_no_extra_level() -> None:
+    with pytest.raises(AssertionError, match="zero point"):
+        Grid(2, symmetric=True, extra_level=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qbench.transforms.maps import Blocks, Diagonal, Map, Rotations, inverse
+from qbench.transforms.maps import Blocks, Diagonal, Map, Rotations, _NearDiagonalProduct, inverse
 
 GROUPS, WIDTH = 3, 4
 CHANNELS = GROUPS * WIDTH
@@ -131,3 +131,21 @@ def test_scaled_rotations_commute_with_rotary_embedding_and_reflections_do_not()
     assert close(head @ rope, rope @ head)
     reflected = head @ torch.diag(torch.tensor([1.0, 1.0, -1.0, -1.0], **DOUBLE))
     assert not close(reflected @ rope, rope @ reflected)
+
+
+def test_near_diagonal_product_is_the_product_to_the_digits_it_promises() -> None:
+    """The diagonal exactly in float32, the rest in bfloat16; gradients in bfloat16."""
+    generator = torch.Generator().manual_seed(4)
+    a = torch.randn(40, 64, generator=generator)
+    scale = torch.randn(64, generator=generator).mul(2).exp()  # a diagonal over orders of magnitude
+    b = 0.01 * torch.randn(64, 64, generator=generator) * scale
+    b.diagonal().copy_(scale)
+    upstream = torch.randn(40, 64, generator=generator) / scale
+    leaves = [t.clone().requires_grad_() for t in (a, b)]
+    found = _NearDiagonalProduct.apply(*leaves)
+    gradients = torch.autograd.grad((found * upstream).sum(), leaves)
+    exact = a.double() @ b.double()
+    off_diagonal = (exact - a.double() * scale.double()).abs().amax(0)
+    assert bool(((found - exact).abs() < 2**-7 * off_diagonal + 1e-6 * scale).all())
+    for got, wanted in zip(gradients, (upstream @ b.T, a.T @ upstream), strict=True):
+        assert (got - wanted).norm() < 5e-3 * wanted.norm()

@@ -1,0 +1,118 @@
+"""Losses against the same formulas written token by token in Python's doubles."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from qbench.engine.losses import (
+    attention_divergence,
+    distribution_correction,
+    mse,
+    mse_with_auxiliary,
+    published_attention_divergence,
+    total,
+)
+from qbench.engine.plan import LossInputs
+
+WINDOWS, TOKENS, HIDDEN = 3, 5, 7
+
+
+def maps(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Causal attention maps averaged over two heads: rows sum to 1, zeros above the diagonal."""
+    logits = 3 * torch.randn(WINDOWS, 2, TOKENS, TOKENS, generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(TOKENS, TOKENS).tril().bool()
+    return logits.double().masked_fill(~mask, -torch.inf).softmax(-1).mean(1).to(dtype)
+
+
+@pytest.fixture
+def inputs() -> LossInputs:
+    target = torch.randn(WINDOWS, TOKENS, HIDDEN)
+    output, other = (target + 0.3 * torch.randn_like(target) for _ in range(2))
+    return LossInputs(output, target, other, maps(1), maps(2))
+
+
+def naive_cosine(a: list[float], b: list[float]) -> float:
+    dot = math.fsum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+
+
+def test_the_correction_loss_is_two_squared_errors_less_two_logarithms(inputs: LossInputs) -> None:
+    expected = 0.0
+    for target in (inputs.target, inputs.same_input_target):
+        difference = (inputs.output - target).double()
+        expected += float((difference * difference).sum()) / difference.numel()
+        for window in range(WINDOWS):
+            cosines = [
+                naive_cosine(inputs.output[window, t].tolist(), target[window, t].tolist())
+                for t in range(TOKENS)
+            ]
+            expected -= math.log(abs(math.fsum(cosines) / TOKENS)) / WINDOWS
+    assert float(distribution_correction(inputs)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_correction_loss_of_a_perfect_block_is_zero(inputs: LossInputs) -> None:
+    perfect = LossInputs(inputs.target, inputs.target, inputs.target)
+    assert float(distribution_correction(perfect)) == pytest.approx(0, abs=1e-6)
+
+
+def test_parts_of_a_batch_give_the_loss_of_the_whole(inputs: LossInputs) -> None:
+    for loss in (distribution_correction, attention_divergence, published_attention_divergence):
+        parts = 0.0
+        for part in (slice(0, 1), slice(1, 3)):
+            given = LossInputs(*(getattr(inputs, name)[part] for name in vars(inputs)))
+            parts += float(loss(given)) * (part.stop - part.start) / WINDOWS
+        assert parts == pytest.approx(float(loss(inputs)), rel=1e-5)
+
+
+def test_the_divergence_of_maps_is_both_directions_of_kl_per_row(inputs: LossInputs) -> None:
+    expected = 0.0
+    for window in range(WINDOWS):
+        for query in range(TOKENS):
+            p, q = (m[window, query].tolist() for m in (inputs.attention, inputs.attention_target))
+            for one, other in ((p, q), (q, p)):
+                expected += math.fsum(
+                    a * math.log(a / b) for a, b in zip(one, other, strict=True) if a > 0 or b > 0
+                )
+    assert float(attention_divergence(inputs)) == pytest.approx(expected / (WINDOWS * TOKENS), rel=1e-9)
+
+
+def test_the_published_form_takes_a_second_softmax_and_averages_over_every_position(
+    inputs: LossInputs,
+) -> None:
+    expected = 0.0
+    for one, other in (
+        (inputs.attention, inputs.attention_target),
+        (inputs.attention_target, inputs.attention),
+    ):
+        sum_ = 0.0
+        for window in range(WINDOWS):
+            for query in range(TOKENS):
+                a, b = ([math.exp(v) for v in m[window, query].tolist()] for m in (one, other))
+                a, b = [v / math.fsum(a) for v in a], [v / math.fsum(b) for v in b]
+                sum_ += math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+        expected += abs(sum_ / (WINDOWS * TOKENS * TOKENS))
+    found = float(published_attention_divergence(inputs))
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert found < 0.1 * float(attention_divergence(inputs))
+
+
+@pytest.mark.parametrize("loss", [attention_divergence, published_attention_divergence])
+def test_equal_maps_do_not_diverge_and_exact_zeros_stay_finite(loss) -> None:
+    sharp = torch.eye(TOKENS).expand(WINDOWS, -1, -1).clone().requires_grad_()
+    empty = torch.zeros(0)
+    assert float(loss(LossInputs(empty, empty, None, sharp.detach(), sharp.detach()))) == pytest.approx(
+        0, abs=1e-7
+    )
+    value = loss(LossInputs(empty, empty, None, sharp, maps(3, torch.float32)))
+    value.backward()
+    assert bool(value.isfinite()) and bool(sharp.grad.isfinite().all())
+
+
+def test_losses_add_up(inputs: LossInputs) -> None:
+    both = total(mse, attention_divergence)(inputs)
+    assert torch.equal(both, mse(inputs) + attention_divergence(inputs))
+    assert torch.equal(total(mse_with_auxiliary)(inputs), mse_with_auxiliary(inputs))
