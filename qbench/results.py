@@ -307,16 +307,28 @@ class ResultStore:
             raise ConfigError(f"Several records in {str(self.folder)!r} have an id that begins with {id!r}.")
         return found[0] if found else None
 
+    @classmethod
+    def read_file(cls, path: str | Path) -> Result:
+        """The record in one file.
+
+        Raises:
+            DataError: If it cannot be read or is no record: the message names the file.
+        """
+        try:
+            return Result.from_json(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"Cannot read {str(path)!r}: {error.strerror}.") from None
+        except DataError as error:
+            raise DataError(f"{str(path)!r}: {error}. Delete the file or restore it.") from None
+
     def _read(self, path: Path) -> Result | None:
         try:
             data = path.read_bytes()
             if not re.search(rb'"qbench"\s*:', data) and not re.search(r"__[0-9a-f]{12}\.json$", path.name):
                 return None
-            return Result.from_json(data)
         except OSError as error:
             raise DataError(f"Cannot read {str(path)!r}: {error.strerror}.") from None
-        except DataError as error:
-            raise DataError(f"{str(path)!r}: {error}. Delete the file or restore it.") from None
+        return self.read_file(path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -65,6 +65,23 @@ class Rounding(Protocol):
 
 
 @dataclass(frozen=True)
+class LearnedRounding:
+    """A rounding rule that is learned on the folded block (`engine/signed.py`): offsets, and factors on the ranges.
+
+    Attributes:
+        iterations: Optimizer steps.
+        lr: First learning rate of the offsets; it decays linearly to 0.
+        clipping_lr: That of the factors on both ends of each range; 0 leaves the ranges as they are.
+        batch_size: Windows drawn for each step.
+    """
+
+    iterations: int
+    lr: float
+    clipping_lr: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class Rounded:
     """A rounded weight and what is to be told of it.
 
@@ -147,7 +164,7 @@ class BlockPlan:
 
     transforms: list[Transform] = field(default_factory=list)
     clipping: Clipping | None = None
-    rounding: Rounding | CalibratedRounding = uniform.round_to_nearest
+    rounding: Rounding | CalibratedRounding | LearnedRounding = uniform.round_to_nearest
     training: Training | None = None
     notes: list[str] = field(default_factory=list)
     grid: Grid | None = None

@@ -24,17 +24,19 @@ from qbench.engine.activations import ActivationStats, Observer
 from qbench.engine.capture import block_inputs, move, reaching
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import HiddenStates, choose_placement
-from qbench.engine.optimize import FitReport, fit
-from qbench.engine.plan import BlockPlan, BlockView, CalibratedRounding, Needs, Rounded
+from qbench.engine.optimize import FitReport, Windows, fit
+from qbench.engine.plan import BlockPlan, BlockView, CalibratedRounding, LearnedRounding, Needs, Rounded
 from qbench.engine.prepare import PreparedBlock, block_tensors
 from qbench.engine.probe import Probe
 from qbench.engine.progress import Listener
 from qbench.engine.settings import EngineSettings
+from qbench.engine.signed import fit_rounding
 from qbench.engine.state import BlockState
 from qbench.errors import DataError, NumericalError, QbenchError
 from qbench.models.base import BlockSpec
 from qbench.quant import uniform
 from qbench.quant.grid import Grid
+from qbench.quant.offsets import Offsets
 from qbench.results import BlockRecord, TransformRecord
 from qbench.scheme import Scheme
 from qbench.transforms.tensors import BlockTensors
@@ -188,21 +190,6 @@ class _Stream:
             use(start, out.float())
 
     @torch.no_grad()
-    def second_moment(self, block: PreparedBlock, role: str, inputs: HiddenStates) -> Tensor:
-        """E[xᵀx] over all tokens, [in, in], of what a linear of a loaded block multiplies its weight with."""
-        linear, size = block.linears[role], self.settings.forward_batch(inputs.shape[1])
-        total: Tensor | None = None
-        for start in range(0, len(inputs), size):
-            windows = inputs.read(start, min(start + size, len(inputs)))
-            with self.settings.autocast_context():
-                x, _ = reaching(linear, functools.partial(block, windows, **self.kwargs))
-                x = linear.operand(x)
-            x = x.float().reshape(-1, x.shape[-1])
-            total = x.T @ x if total is None else total.addmm_(x.T, x)
-        assert total is not None
-        return total.div_(len(inputs) * inputs.shape[1])
-
-    @torch.no_grad()
     def attention_maps(self, block: PreparedBlock, inputs: HiddenStates) -> HiddenStates:
         """Attention maps of a loaded block for all windows, one at a time: every head's map is in memory at once."""
         n, tokens, _ = inputs.shape
@@ -221,6 +208,21 @@ class _Stream:
             found.write(i, maps.latest)
         block.record_attention(None)
         return found
+
+    @torch.no_grad()
+    def second_moment(self, block: PreparedBlock, role: str, inputs: HiddenStates) -> Tensor:
+        """E[xᵀx] over all tokens, [in, in], of what a linear of a loaded block multiplies its weight with."""
+        linear, size = block.linears[role], self.settings.forward_batch(inputs.shape[1])
+        total: Tensor | None = None
+        for start in range(0, len(inputs), size):
+            windows = inputs.read(start, min(start + size, len(inputs)))
+            with self.settings.autocast_context():
+                x, _ = reaching(linear, functools.partial(block, windows, **self.kwargs))
+                x = linear.operand(x)
+            x = x.float().reshape(-1, x.shape[-1])
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+        assert total is not None
+        return total.div_(len(inputs) * inputs.shape[1])
 
     def relative_error(self, block: PreparedBlock, inputs: HiddenStates, target: HiddenStates) -> float:
         """MSE(block(inputs), target) / mean(target²)."""
@@ -397,7 +399,7 @@ class _LaneBlock:
         spec = self.prepared.spec
         grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
         if scheme.is_identity:  # nothing to do, bit for bit
-            return self._finish(stream, self.base.copy(), BlockPlan(), grid, FitReport())
+            return self._finish(stream, self.base.copy(), BlockPlan(), grid, FitReport(), listener)
         probe = Probe(self.prepared, self.base, stream.inputs, stream.kwargs, settings)
         view = BlockView(self.index, self.n_blocks, spec, scheme, grid, self.base, self.stats, probe)
         plan = lane.planner.plan(view)
@@ -419,17 +421,35 @@ class _LaneBlock:
                 maps,
             )  # fmt: skip
         plan.notes.extend(stream.notes)
-        return self._finish(stream, fold(self.base, plan.transforms), plan, grid, report)
+        return self._finish(stream, fold(self.base, plan.transforms), plan, grid, report, listener)
 
     def _round(
-        self, stream: _Stream, folded: BlockTensors, plan: BlockPlan, grid: Grid
+        self,
+        stream: _Stream,
+        folded: BlockTensors,
+        plan: BlockPlan,
+        grid: Grid,
+        report: FitReport,
+        listener: Listener,
     ) -> dict[str, Rounded]:
-        """Folded weights to codes over the plan's ranges, by role."""
+        """Folded weights to codes over the plan's ranges, by role; what is learned on the way goes to the report."""
 
         def ranges(role: str) -> tuple[Tensor, Tensor] | None:
             return plan.clipping.ranges(role, folded.weight[role], grid) if plan.clipping else None
 
-        if not isinstance(rounding := plan.rounding, CalibratedRounding):
+        if isinstance(rounding := plan.rounding, LearnedRounding):
+            own = {role: ranges(role) or uniform.extremes(w, grid) for role, w in folded.weight.items()}
+            offsets = Offsets(folded.weight, own, grid)
+            self._operands(stream)
+            learned = fit_rounding(
+                self.prepared, offsets, rounding, folded, Windows(self.q_inputs, self.fp_outputs), stream.kwargs,
+                stream.settings, stream.settings.seed + self.index,
+                lambda turn, turns, loss: listener.epoch(self.lane.name, self.index, turn, turns, loss),
+            )  # fmt: skip
+            report.losses += learned.losses
+            report.extras |= learned.extras
+            return {role: Rounded(offsets.quantize(role)) for role in folded.weight}
+        if not isinstance(rounding, CalibratedRounding):
             return {
                 role: Rounded(rounding(weight, *(ranges(role) or uniform.extremes(weight, grid)), grid))
                 for role, weight in folded.weight.items()
@@ -447,10 +467,16 @@ class _LaneBlock:
         return rounded
 
     def _finish(
-        self, stream: _Stream, folded: BlockTensors, plan: BlockPlan, grid: Grid, report: FitReport
+        self,
+        stream: _Stream,
+        folded: BlockTensors,
+        plan: BlockPlan,
+        grid: Grid,
+        report: FitReport,
+        listener: Listener,
     ) -> BlockState:
         """Round and put together everything that is kept of the block."""
-        rounded = self._round(stream, folded, plan, grid) if grid.bits < 16 else {}
+        rounded = self._round(stream, folded, plan, grid, report, listener) if grid.bits < 16 else {}
         notes, extras = list(plan.notes), dict(report.extras)
         for role, result in rounded.items():
             if not bool(result.weight.scale.isfinite().all()):

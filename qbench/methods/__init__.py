@@ -46,6 +46,7 @@ METHODS = _Methods(
         "awq": "qbench.methods.awq:AWQ",
         "gptq": "qbench.methods.gptq:GPTQ",
         "abq": "qbench.methods.abq:ABQ",
+        "signround": "qbench.methods.signround:SignRound",
     },
     group="qbench.methods",
 )

@@ -165,8 +165,8 @@ class Composition(Method):
             whole.clipping = plan.clipping or whole.clipping
             whole.training = plan.training or whole.training
             whole.rounding = plan.rounding
-            whole.grid = plan.grid or whole.grid
             whole.notes += plan.notes
+            whole.grid = plan.grid or whole.grid
             if plan.transforms and plan.training is None and i + 1 < len(parts):
                 rest = parts[i + 1 :]
                 view = view.after(plan.transforms, stats=any(p.needs.activation_stats for p in rest))

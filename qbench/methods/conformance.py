@@ -37,7 +37,8 @@ from qbench.quant.uniform import QuantizedWeight
 from qbench.scheme import Scheme
 from qbench.transforms.transform import apply_all, fold
 
-WINDOWS, SEQ_LEN, VOCAB, EPOCHS = 6, 24, 96, 3
+WINDOWS, SEQ_LEN, VOCAB = 6, 24, 96
+SHORT = {"epochs": 3, "iterations": 12}  # options that say how long a method learns
 SCHEMES = ("W4A4", "W3A16g16")
 TOLERANCE = 1e-9
 
@@ -126,8 +127,8 @@ def _subjects() -> Iterator[_Subject]:
 
 
 def _method(cls: type[Method], scheme: Scheme, subject: _Subject) -> Method:
-    """The method as a user gets it, with few epochs."""
-    options = {"epochs": EPOCHS} if "epochs" in cls.model_fields else {}
+    """The method as a user gets it, learning for a short time."""
+    options = {name: value for name, value in SHORT.items() if name in cls.model_fields}
     return cls(**options).resolve(scheme, subject.spec)
 
 
