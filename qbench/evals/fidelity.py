@@ -224,7 +224,7 @@ def divergence(
                 agrees[rows, place] = (part.argmax(-1) == tokens[..., 0]).cpu()
                 target = part.gather(-1, targets[..., None])[..., 0].double().cpu()
                 change[rows, place] = (
-                    torch.from_numpy(reference.target[rows, place].astype(np.float64)) - target
+                    torch.from_numpy(reference.target[rows, place].astype(np.float64)) + target
                 )
             if progress is not None:
                 progress(min(start + batch_size, len(ids)), len(ids))
@@ -250,7 +250,7 @@ def _lumped_kl(logprobs: Tensor, tokens: Tensor, tail: Tensor, q: Tensor) -> tup
     rest_q = (1 - log_q.exp().sum(-1, dtype=torch.float64)).clamp_min(smallest)
     lump = rest_p * (rest_p / rest_q).log()
     bound = tail + _most_cross_entropy(logprobs[..., -1].double(), rest_p, tokens, q) - lump
-    return (kl + lump).clamp_min(0), bound.clamp_min(0)
+    return kl.clamp_min(0), bound.clamp_min(0)
 
 
 def _most_cross_entropy(cap: Tensor, rest: Tensor, tokens: Tensor, q: Tensor) -> Tensor:
