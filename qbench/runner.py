@@ -37,6 +37,7 @@ from qbench.evaluate import (
     cache_scores,
     cached_scores,
     choose_device,
+    guesses,
     make_suite,
     model_fingerprint,
     reference_folder,
@@ -684,7 +685,7 @@ def _record(
         cost=cost,
         contract=common.contract,
         contract_fields=common.fields,
-        notes=list(dict.fromkeys(notes)),
+        notes=list(dict.fromkeys(notes + guesses(scores.metrics))),
         transforms=result.transforms[0] if result is not None and result.transforms else [],
         blocks=result.records if result is not None else [],
         config=request.model_dump(mode="json", exclude=PLACES),  # where files lie changes no number
