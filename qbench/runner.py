@@ -42,7 +42,7 @@ from qbench.failures import Failure, FailureStore
 from qbench.locking import Lock
 from qbench.methods import METHODS
 from qbench.methods.base import Method
-from qbench.models.loading import EMBEDDED, LoadedModel, load_model
+from qbench.models.loading import EMBEDDED, LoadedModel, describe_model, load_model
 from qbench.results import BASELINE, Cost, Metric, Result, ResultStore, require_writable
 from qbench.scheme import Scheme
 
@@ -155,6 +155,27 @@ def load(config: RunConfig, listener: Listener | None = None) -> LoadedModel:
     return loaded
 
 
+def describe(config: RunConfig) -> LoadedModel:
+    """What a request's model is, without its weights: description, tokenizer, limits.
+
+    Raises:
+        ConfigError: Unknown name or unsupported model type.
+        DataError: Unreadable files.
+    """
+    return describe_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def check_texts(config: RunConfig, described: LoadedModel) -> tuple[TokenWindows, Suite]:
+    """Read and cut the texts of a request.
+
+    Raises:
+        ConfigError: A window longer than the model takes.
+        DataError: A text that is missing, unreadable or too short.
+    """
+    calibration, suite, _ = _texts(config, described)
+    return calibration, suite
+
+
 def run_pass(
     config: RunConfig,
     wanted: Sequence[Wanted],
@@ -229,6 +250,7 @@ class _Cell:
     request: MethodRequest
     method: Method
     scheme: Scheme
+    aliases: list[str] = field(default_factory=list)  # other requests that come to the same row
     held: Lock = field(init=False)
 
     @property
@@ -257,7 +279,12 @@ def _cells(wanted: Sequence[Wanted], methods: Sequence[Method], loaded: LoadedMo
         distinct = {problem.split(": ", 1)[1]: problem for problem in problems}
         raise UnsupportedSchemeError(" ".join(distinct.values()))
     # Two requests can come to the same when their presets are resolved: the first stands for both.
-    return list({(c.method.name, str(c.scheme), repr(c.options)): c for c in reversed(cells)}.values())[::-1]
+    distinct_cells: dict[str, _Cell] = {}
+    for cell in cells:
+        first = distinct_cells.setdefault(repr((cell.method.name, cell.scheme, cell.options)), cell)
+        if first is not cell:
+            first.aliases.append(cell.label)
+    return list(distinct_cells.values())
 
 
 def _stored(common: _Common, cell: _Cell) -> Result | None:
@@ -291,6 +318,8 @@ def _finish(
     FailureStore(common.config.output).clear(_key(common, cell))
     common.listener.row(row)
     common.listener.cell(cell.label, "done" if fresh else "stored")
+    for alias in cell.aliases:
+        common.listener.cell(alias, "stored")
 
 
 def _fail(common: _Common, cell: _Cell, result: PassResult, error: QbenchError) -> None:
@@ -309,7 +338,8 @@ def _fail(common: _Common, cell: _Cell, result: PassResult, error: QbenchError) 
         config=config.model_dump(mode="json", exclude=PLACES),
     )
     FailureStore(config.output).save(failure)
-    common.listener.cell(cell.label, "failed", str(error))
+    for label in (cell.label, *cell.aliases):
+        common.listener.cell(label, "failed", str(error))
 
 
 def _key(common: _Common, cell: _Cell) -> str:
@@ -385,6 +415,7 @@ def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> E
         zero_in_range=config.quantizer.zero_in_range,
         attention_granularity=_granularity(config.quantizer.attention_granularity, loaded),
         allow_fallback=compute.allow_fallback,
+        seed=config.calibration.seed,
     )
 
 
