@@ -331,6 +331,7 @@ def _model_table(
     tasks = task_keys(measured)
     metrics = _with_average(measured, tasks)
     blocks = []
+    cache: dict[tuple[str, str], Measured | None] = {}  # full precision stands in every block
     for scheme in schemes:
         members = [group for group in others if group[0].scheme == scheme]
         # stable: the reference first, the rest as given
@@ -340,7 +341,7 @@ def _model_table(
             draft.reference = _reference(draft, drafts, baseline)
         _name(drafts)
         for key in metrics:
-            _score(drafts, key, tasks)
+            _score(drafts, key, tasks, cache)
         rows = (
             Row(
                 draft.result,
@@ -403,7 +404,7 @@ def _name(drafts: list[_Draft]) -> None:
             draft.label += f" #{draft.result.id[:6]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """One metric of one row with everything that statistics need: the records' values and their items.
 
@@ -430,6 +431,7 @@ class Measured:
             return math.exp(self.scores.mean) if self.scores.mean < 700 else math.inf
         return math.fsum(self.values) / len(self.values)
 
+    @cached_property
     def interval(self) -> tuple[float, float, float] | None:
         """Half width and ends of the value's own 95% interval."""
         own = stats.interval_of(self.scores) if self.scores is not None else None
@@ -498,16 +500,21 @@ def _scores(rows: Sequence[Sequence[Metric]], results: Sequence[Result]) -> stat
     return stats.Scores(strata, seeds, independent.pop())
 
 
-def _score(drafts: list[_Draft], key: str, tasks: Sequence[str]) -> None:
+def _score(
+    drafts: list[_Draft], key: str, tasks: Sequence[str], cache: dict[tuple[str, str], Measured | None]
+) -> None:
     """Give every row its score on one metric, and mark the best and those tied with it."""
-    found = {id(draft): m for draft in drafts if (m := measured(draft.results, key, tasks)) is not None}
+    for draft in drafts:
+        if (draft.result.id, key) not in cache:
+            cache[draft.result.id, key] = measured(draft.results, key, tasks)
+    found = {id(draft): m for draft in drafts if (m := cache[draft.result.id, key]) is not None}
     ranked = [draft for draft in drafts if id(draft) in found and not draft.result.is_baseline]
     places = _places([(draft.result, found[id(draft)]) for draft in ranked], key, tasks)
     for draft in drafts:
         own = found.get(id(draft))
         if own is None:
             continue
-        half_width, low, high = own.interval() or (None, None, None)
+        half_width, low, high = own.interval or (None, None, None)
         reference = found.get(id(draft.reference))
         if reference is not None and not _same_items(draft.result, draft.reference, key, tasks):
             reference = None
