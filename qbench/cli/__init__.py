@@ -22,7 +22,9 @@ COMMANDS = Registry(
     {
         "run": "qbench.cli.run:run",
         "sweep": "qbench.cli.sweep:sweep",
+        "eval": "qbench.cli.eval:evaluate",
         "compare": "qbench.cli.compare:compare",
+        "report": "qbench.cli.report:report",
         "methods": "qbench.cli.catalogue:methods",
         "models": "qbench.cli.catalogue:models",
         "bench": "qbench.cli.bench:bench",
@@ -32,7 +34,9 @@ COMMANDS = Registry(
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
     "sweep": "Compute methods × schemes × models × seeds, resumable, in as few passes as possible.",
+    "eval": "Measure any model folder as it is, and against full precision.",
     "compare": "Compare the results in one or more folders.",
+    "report": "Tables and a page for papers and readers.",
     "methods": "List the methods, or the options of one.",
     "models": "List the supported architectures and the embedded models.",
     "bench": "Time a model's linears in packed form.",

@@ -28,7 +28,7 @@ class Overlap:
         n: Tokens of an n-gram.
         shared: Places in the evaluation windows whose n-gram occurs in a calibration window.
         total: Places there are.
-        windows: Evaluation windows with at least one such place.
+        windows: Evaluation windows, or questions, with at least one such place.
     """
 
     n: int
@@ -51,13 +51,13 @@ class Overlap:
             "share": self.share,
         }
 
-    def note(self, name: str) -> str | None:
-        """What the row says of it; None where nothing is shared."""
+    def notes(self, name: str) -> list[str]:
+        """What the row says of it: nothing where nothing is shared."""
         if not self.shared:
-            return None
+            return []
         percent = 100 * self.share
         shown = f"{percent:.1f}%" if percent >= 0.05 else "less than 0.1%"
-        return f"{shown} of the {self.n}-grams of {name} are in the calibration windows"
+        return [f"{shown} of the {self.n}-grams of {name} are in the calibration windows"]
 
 
 def ngram_overlap(
