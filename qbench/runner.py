@@ -497,7 +497,9 @@ def _overlap(
             warnings.append(f"calibrated on the corpus that {scored.name} is part of")
         warnings += found.notes(scored.name)
     for name, texts in (suite.tasks.texts() if suite.tasks is not None else {}).items():
-        found = ngram_overlap(seen, loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+        found = ngram_overlap(
+            seen, loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        )
         record[name] = found.record()
         warnings += found.notes(name)
     return record, warnings

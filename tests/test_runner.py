@@ -413,17 +413,20 @@ def test_a_row_says_what_its_calibration_shares_with_each_evaluation(here) -> No
     assert row.contract_fields["calibration"] == baseline.contract_fields["calibration"]
 
 
-def test_another_part_of_one_corpus_is_noted_in_the_row(tmp_path, monkeypatch) -> None:
+def test_another_part_of_one_corpus_and_tasks_are_noted_in_the_row(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     request = {
         "methods": ["rtn"],
         "calibration": {"n_samples": 2, "seq_len": 32},
-        "evals": {"limit": 2, "seq_len": 64},
+        "evals": {"limit": 2, "seq_len": 64, "tasks": ["stdlib"], "limit_items": 3},
     }
     watcher = Watcher()
     _, row = run(RunConfig.model_validate(request), watcher)
     assert "calibrated on the corpus that stdlib is part of" in row.notes
     assert "calibrated on the corpus that stdlib is part of" in watcher.notes
+    text, task = (row.calibration["overlap"][name] for name in ("stdlib", "stdlib_choice"))
+    assert text["same_corpus"] and text["total"] == 2 * (64 - 12)
+    assert task["total"] > 0 and "same_corpus" not in task
 
 
 def test_calibrating_on_the_evaluated_text_is_noted_in_the_row(here) -> None:

@@ -186,6 +186,8 @@ def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = 
             else ""
         )
         lines.append("± 95% interval" + paired)
+    if any(score.above_chance is False for score in scores):
+        lines.append("° not shown to be above guessing: its interval holds what a guess gives")
     if any(score.n_seeds > 1 for score in scores):
         lines.append(
             "several calibration seeds: values are means over them, ± counts their spread; σ is its size (how many)"
@@ -280,13 +282,11 @@ def is_best(cell: str) -> bool:
 def _values(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, ...]:
     """Cells such as `12.34 ±0.56 *`: digits, ± and mark each in line with those of the other rows."""
     marks = [{"best": " *", "tied": " ≈"}.get(score.mark or "", "") if score else "" for score in scores]
-    return _aligned(
-        [
-            None if score is None else (score.value, score.half_width if with_interval else None)
-            for score in scores
-        ],
-        marks,
-    )
+    pairs = [
+        None if score is None else (score.value, score.half_width if with_interval else None)
+        for score in scores
+    ]
+    return _aligned(pairs, marks, [score is not None and score.above_chance is False for score in scores])
 
 
 def _ratios(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, ...]:
@@ -326,8 +326,11 @@ def most(sizes: Iterable[int | None]) -> int | None:
     return max((size for size in sizes if size is not None), default=None)
 
 
-def _aligned(pairs: Sequence[tuple[float, float | None] | None], marks: Sequence[str]) -> tuple[str, ...]:
+def _aligned(
+    pairs: Sequence[tuple[float, float | None] | None], marks: Sequence[str], guesses: Sequence[bool] = ()
+) -> tuple[str, ...]:
     halves = ["" if p is None or p[1] is None else " " + format_half_width(p[1], p[0]) for p in pairs]
+    halves = [half + ("°" if i < len(guesses) and guesses[i] else "") for i, half in enumerate(halves)]
     half, mark = max(map(len, halves), default=0), max(map(len, marks), default=0)
     return tuple(
         MISSING if pair is None else format_value(pair[0]) + halves[i].ljust(half) + marks[i].ljust(mark)

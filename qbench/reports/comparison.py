@@ -46,6 +46,7 @@ class Score:
         behind: Value minus the best's with its interval (of losses for a perplexity), before Holm.
         n_seeds: Calibration seeds behind the value.
         seed_spread: Standard deviation of the value between them.
+        chance: What guessing gives.
     """
 
     value: float
@@ -61,6 +62,12 @@ class Score:
     behind: stats.Difference | None = None
     n_seeds: int = 1
     seed_spread: float | None = None
+    chance: float | None = None
+
+    @property
+    def above_chance(self) -> bool | None:
+        """Whether the value's interval lies above what guessing gives; None where nobody guesses."""
+        return None if self.chance is None or self.low is None else self.low > self.chance
 
     @property
     def recovery(self) -> float | None:
@@ -413,6 +420,7 @@ class Measured:
         scores: Items, None where some record kept none.
         log_scale: Whether items are losses of which the value is the exponential.
         stderr: What the record says, for want of items.
+        chance: What guessing gives; of an average, on average.
     """
 
     values: tuple[float, ...]
@@ -420,6 +428,7 @@ class Measured:
     log_scale: bool
     higher_is_better: bool
     stderr: float | None
+    chance: float | None
     what: tuple[tuple[str, str], ...]  # items' name and protocol of every task: only equal ones are paired
 
     @property
@@ -478,8 +487,14 @@ def measured(results: Sequence[Result], key: str, tasks: Sequence[str] = ()) -> 
         log_scale=len(first) == 1 and first[0].log_scale,
         higher_is_better=first[0].higher_is_better,
         stderr=first[0].stderr if len(first) == 1 else None,
+        chance=_chance(first),
         what=what,
     )
+
+
+def _chance(metrics: Sequence[Metric]) -> float | None:
+    known = [metric.chance for metric in metrics if metric.chance is not None]
+    return math.fsum(known) / len(known) if len(known) == len(metrics) else None
 
 
 def _scores(rows: Sequence[Sequence[Metric]], results: Sequence[Result]) -> stats.Scores | None:
@@ -534,6 +549,7 @@ def _score(
             behind=place.behind,
             n_seeds=len(own.values),
             seed_spread=stats.seed_spread(own.values),
+            chance=own.chance,
         )
 
 

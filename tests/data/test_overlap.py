@@ -55,11 +55,11 @@ def test_windows_of_a_run_take_a_moment() -> None:
 
 
 def test_the_note_is_in_percent_and_silent_where_nothing_is_shared() -> None:
-    assert Overlap(13, 0, 100, 0).note("wiki") is None
-    assert (
-        Overlap(13, 5, 200, 1).note("wiki") == "2.5% of the 13-grams of wiki are in the calibration windows"
-    )
-    assert Overlap(13, 1, 10**5, 1).note("wiki").startswith("less than 0.1% of the 13-grams")
+    assert Overlap(13, 0, 100, 0).notes("wiki") == []
+    assert Overlap(13, 5, 200, 1).notes("wiki") == [
+        "2.5% of the 13-grams of wiki are in the calibration windows"
+    ]
+    assert Overlap(13, 1, 10**5, 1).notes("wiki")[0].startswith("less than 0.1% of the 13-grams")
 
 
 @pytest.mark.parametrize(
