@@ -176,6 +176,25 @@ def check_texts(config: RunConfig, described: LoadedModel) -> tuple[TokenWindows
     return calibration, suite
 
 
+def prepare(
+    config: RunConfig, wanted: Sequence[Wanted], listener: Listener, loaded: LoadedModel | None = None
+) -> tuple[_Common, list[_Cell]]:
+    """Everything that a pass needs before the first block is computed: see `run_pass`."""
+    methods = check_request(config, wanted)
+    device = choose_device(config.compute.device)
+    loaded = loaded or load(config, listener)
+    cells = _cells(wanted, methods, loaded)
+    settings = _settings(config, device, loaded)
+    listener.stage("calibration")
+    calibration, suite, notes = _texts(config, loaded)
+    contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
+    store = ResultStore(config.output)
+    return (
+        _Common(config, loaded, settings, calibration, suite, contract, fields, store, listener, notes),
+        cells,
+    )
+
+
 def run_pass(
     config: RunConfig,
     wanted: Sequence[Wanted],
@@ -199,19 +218,9 @@ def run_pass(
         DataError: Missing or damaged files.
         NumericalError: The full-precision model itself gives values that are not finite.
     """
-    listener = listener or Listener()
-    methods = check_request(config, wanted)
-    device = choose_device(config.compute.device)
-    loaded = loaded or load(config, listener)
-    cells = _cells(wanted, methods, loaded)
-    settings = _settings(config, device, loaded)
-
-    listener.stage("calibration")
-    calibration, suite, notes = _texts(config, loaded)
-    contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
-    store = ResultStore(config.output)
-    common = _Common(config, loaded, settings, calibration, suite, contract, fields, store, listener, notes)
-    waiting = [cell for cell in cells if _stored(common, cell) is None]
+    common, cells = prepare(config, wanted, listener or Listener(), loaded)
+    listener = common.listener
+    waiting = [cell for cell in cells if stored_row(common, cell) is None]
     if config.resume is not None and waiting and not any(_has_blocks(common, cell) for cell in waiting):
         raise ConfigError(
             f"resume={config.resume!r} holds no finished block of this request: model, tokens, method, options, "
@@ -221,12 +230,12 @@ def run_pass(
     listener.row(result.baseline)
     for cell in cells:
         if cell not in waiting:
-            _finish(common, cell, result, _stored(common, cell))
+            _finish(common, cell, result, stored_row(common, cell))
     told = False
     while waiting:
         locked = [cell for cell in waiting if cell.lock(_folder(common, cell)).acquire()]
         try:
-            for part in _parts(common, [c for c in locked if not _made_meanwhile(common, c, result)]):
+            for part in parts(common, [c for c in locked if not _made_meanwhile(common, c, result)]):
                 _compute(common, part, result)
         finally:
             for cell in locked:
@@ -287,7 +296,7 @@ def _cells(wanted: Sequence[Wanted], methods: Sequence[Method], loaded: LoadedMo
     return list(distinct_cells.values())
 
 
-def _stored(common: _Common, cell: _Cell) -> Result | None:
+def stored_row(common: _Common, cell: _Cell) -> Result | None:
     """The row of an earlier run, if nothing has to be done for it again."""
     config = common.config
     if config.restart or config.save_dir is not None:
@@ -303,7 +312,7 @@ def _same_code(row: Result) -> bool:
 
 def _made_meanwhile(common: _Common, cell: _Cell, result: PassResult) -> bool:
     """Whether the process that held the cell before us finished it."""
-    row = _stored(common, cell)
+    row = stored_row(common, cell)
     if row is not None:
         _finish(common, cell, result, row)
     return row is not None
@@ -346,7 +355,7 @@ def _key(common: _Common, cell: _Cell) -> str:
     return common.config.alone(cell.request, str(cell.scheme)).hash()
 
 
-def _parts(common: _Common, cells: Sequence[_Cell]) -> list[Sequence[_Cell]]:
+def parts(common: _Common, cells: Sequence[_Cell]) -> list[Sequence[_Cell]]:
     """As many lanes to a pass as memory holds hidden states for; the rest take another pass."""
     settings, ids = common.settings, common.calibration.ids
     if not cells or settings.placement is not None:
@@ -415,6 +424,7 @@ def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> E
         zero_in_range=config.quantizer.zero_in_range,
         attention_granularity=_granularity(config.quantizer.attention_granularity, loaded),
         allow_fallback=compute.allow_fallback,
+        seed=config.calibration.seed,
     )
 
 
@@ -552,6 +562,12 @@ def _baseline(common: _Common) -> Result:
     )
     request = common.config.model_copy(update={"methods": [], "schemes": [], "seeds": 1})
     return _record(common, request, BASELINE, scheme, {}, metrics, 16.0, cost, [], None)
+
+
+def baseline_is_known(common: _Common) -> bool:
+    """Whether the full-precision model need not be evaluated."""
+    cache = baseline_cache(common.store.folder, common.fields, common.settings.device)
+    return not common.config.restart and bool(cached_metrics(cache))
 
 
 def _measure(common: _Common, lane: Lane, cell: _Cell, result: LaneResult) -> Result:

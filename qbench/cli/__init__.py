@@ -22,18 +22,26 @@ COMMANDS = Registry(
     {
         "run": "qbench.cli.run:run",
         "sweep": "qbench.cli.sweep:sweep",
+        "plan": "qbench.cli.sweep:plan",
+        "ablate": "qbench.cli.ablate:ablate",
+        "verify": "qbench.cli.verify:verify",
         "compare": "qbench.cli.compare:compare",
         "methods": "qbench.cli.catalogue:methods",
         "models": "qbench.cli.catalogue:models",
+        "bench": "qbench.cli.bench:bench",
         "check": "qbench.cli.catalogue:check",
     },
 )
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
     "sweep": "Compute methods × schemes × models × seeds, resumable, in as few passes as possible.",
+    "plan": "Predict what a sweep will cost on this machine, and whether it fits.",
+    "ablate": "Measure what each switch of a method contributes and costs.",
+    "verify": "Make a stored row again and report agreement.",
     "compare": "Compare the results in one or more folders.",
     "methods": "List the methods, or the options of one.",
     "models": "List the supported architectures and the embedded models.",
+    "bench": "Time a model's linears in packed form.",
     "check": "Test that a method keeps the rules every method must keep.",
 }
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended

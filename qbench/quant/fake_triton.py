@@ -20,7 +20,7 @@ from qbench.quant.uniform import SCALE_MAX, SCALE_MIN, ZERO_POINT_LIMIT
 
 ELEMENTS_PER_TILE = 4096
 CHUNK = 2048  # of a group wider than a tile
-TILES_PER_PROGRAM = 8  # of the backward pass where it sums over rows: fewer partial rows to write and add
+TILES_PER_PROGRAM = 16  # of the backward pass where it sums over rows: fewer partial rows to write and add
 MAX_GROUP = 32768  # registers of one program
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(SCALE_MAX)
 _ZERO_LIMIT = tl.constexpr(ZERO_POINT_LIMIT)
@@ -215,14 +215,14 @@ def _backward(
         valid = row < n_rows
         inside = valid[:, None] & (within[None, :] < width)
         at = row[:, None].to(tl.int64) * columns + group * width + within[None, :]
+        base = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)  # first: these take the longest
+        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         at_group = row * n_groups + group
         low = tl.load(low_ptr + at_group, mask=valid, other=0.0)
         high = tl.load(high_ptr + at_group, mask=valid, other=1.0)
         upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
         bottom, top, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
         r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
-        base = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = _factor(base, r, c, SCALE_ROWS, SCALE_COLUMNS)
         t, level, on_grid = _levels(x, scale, zero, QMAX)
         grad_scale = tl.sum(g * (level - on_grid * t), 1)
@@ -317,7 +317,8 @@ class _Launch:
             self.block = CHUNK
         self.rows = 1 if self.wide else max(1, ELEMENTS_PER_TILE // self.block)
         self.chunks = triton.cdiv(self.width, self.block)
-        self.warps = 4 if self.block <= ELEMENTS_PER_TILE else 8 if self.block <= 8192 else 16
+        fits = self.block <= ELEMENTS_PER_TILE and not self.wide
+        self.warps = 4 if fits else 8 if self.block <= 8192 else 16
         self.constants = {
             "QMAX": grid.qmax,
             "MID": grid.mid,

@@ -184,7 +184,8 @@ def compare(*sources: Source, baseline: str = BASELINE, allow_mixed: bool = Fals
                 n_protocols = len(set(zip(*found.values(), strict=True))) or "several"
                 raise ConfigError(
                     f"The rows of {model} come from {n_protocols} different protocols and are not ranked together; "
-                    f"they differ in {_named(found)}. Compare folders of one protocol, or allow it with --allow-mixed."
+                    f"they differ in {describe_differences(found)}. "
+                    "Compare folders of one protocol, or allow it with --allow-mixed."
                 )
     tables = tuple(
         _model_table(model, rows, baseline, differences[model]) for model, rows in by_model.items()
@@ -234,7 +235,7 @@ def contract_differences(results: Sequence[Result]) -> dict[str, tuple[str, ...]
     }
 
 
-def _named(differences: Mapping[str, Sequence[str]]) -> str:
+def describe_differences(differences: Mapping[str, Sequence[str]]) -> str:
     """The differences as a sentence says them: every field with its distinct values."""
     distinct = {name: list(dict.fromkeys(values)) for name, values in differences.items()}
     return (
