@@ -29,16 +29,18 @@ INTEGER = ("W8A8-sym", "W4A8", "W3A8", "W2A8", "W6A6", "W4A4")
 GPU_JOBS: list[list[str]] = [
     ["--shapes=llama-7b", "--backend=humming", "--backend=torch", "--method=affinequant",
      *(f"--scheme={s}" for s in (*WEIGHT_ONLY, *INTEGER))],
+    ["--shapes=llama-7b", "--end-to-end", "--backend=humming", "--scheme=W4A16g128", "--scheme=W8A8-sym"],
     ["--shapes=llama-70b", "--backend=humming", "--backend=torch", "--method=affinequant",
      *(f"--scheme={s}" for s in (*WEIGHT_ONLY, "W8A8-sym", "W4A8"))],
     ["--shapes=llama-7b", "--backend=gemlite", "--scheme=W4A16g128", "--scheme=W2A16g64"],
 ]  # fmt: skip
 CPU_JOBS: list[list[str]] = [
-    ["--model=tiny-llama", "--backend=torch", "--method=affinequant", "--threads=1",
-     "--tokens=1", "--tokens=16", "--tokens=256",
-     *(f"--scheme={s}" for s in (*WEIGHT_ONLY, "W8A16", "W8A8", "W4A8", "W4A4"))],
     ["--shapes=llama-7b", "--backend=torch", "--threads=1", "--tokens=1", "--tokens=16",
      "--scheme=W4A16g128", "--scheme=W8A16", "--scheme=W8A8"],
+    ["--model=tiny-llama", "--backend=torch", "--method=affinequant", "--threads=1", "--tokens=1", "--tokens=16",
+     *(f"--scheme={s}" for s in ("W4A16g128", "W3A16g128", "W8A16", "W8A8", "W4A4"))],
+    ["--model=tiny-llama", "--end-to-end", "--backend=torch", "--threads=1",
+     *(f"--scheme={s}" for s in ("W4A16g128", "W8A16", "W8A8"))],
 ]  # fmt: skip
 
 

@@ -63,6 +63,24 @@ class EvalConfig(_Section):
         description="Tokens per evaluation window. Default: as for calibration; embedded models their limit.",
     )
     limit: int | None = Field(None, ge=1, description="Score only the first windows of each dataset.")
+    tasks: list[Name] = Field(
+        [],
+        description="Zero-shot tasks: names of lm-eval's, paper6 (the published six), mmlu, stdlib (needs no files), "
+        "or local files as NAME=PATH; repeatable, or joined by commas.",
+    )
+    limit_items: int | None = Field(None, ge=1, description="Score only the first items of each task.")
+    fewshot: int | None = Field(
+        None,
+        ge=0,
+        description="Worked examples in each task's prompts. Default: what the task says, else none.",
+    )
+    word_perplexity: bool = Field(
+        False, description="Also perplexity per word, as lm-eval's wikitext task computes it."
+    )
+    fidelity: bool = Field(False, description="Also KL divergence from full precision and top-1 agreement.")
+    generate: int = Field(
+        0, ge=0, description="Also compare greedy continuations of this many tokens with full precision."
+    )
     batch_size: int = Field(
         0, ge=0, description="Windows per evaluation pass; 0: about 2k tokens on a CPU, 16k on a GPU."
     )
@@ -189,6 +207,22 @@ class RunConfig(_Section):
         return yaml.safe_dump(
             self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110
         )
+
+
+class ScoreConfig(_Section):
+    """A model to measure as it is."""
+
+    model: Name = Field(description="A hub name, a local folder, or an embedded model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    fidelity_to: str | None = Field(
+        None,
+        description="The full-precision model it was made from: scored too, and compared with.",
+    )
+    evals: EvalConfig = EvalConfig()
+    compute: ComputeConfig = ComputeConfig()
+    output: Name = Field("results", description="Folder of the result records.")
+    restart: bool = Field(False, description="Ignore earlier measurements of the full-precision model.")
 
 
 def validated(model: type[Model], data: Mapping[str, Any], what: str) -> Model:

@@ -35,13 +35,15 @@ from qbench.engine.progress import Listener
 from qbench.engine.reconstruct import Lane, LaneResult, Planner, reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
+from qbench.evals.memory import peak_cpu_bytes
 from qbench.evals.perplexity import perplexity
-from qbench.evaluate import Suite, peak_cpu_bytes
+from qbench.evaluate import Suite
 from qbench.models.loading import LoadedModel
 from qbench.runner import Wanted, baseline_is_known, parts, prepare, stored_row
 from qbench.scheme import Scheme
 
 ARRAYS = 3  # of hidden states besides one per lane: full-precision inputs and outputs, one lane's outputs
+NOT_PROBED = ("tasks", "word_perplexity", "fidelity", "generate")  # of EvalConfig
 ITERATIONS = 16  # of a learned rounding rule, in the shorter probe
 SAMPLE_S = 0.002  # between looks at memory where the system keeps no peak of its own
 
@@ -82,6 +84,7 @@ class PassPlan:
         cpu_bytes: Peak memory of the process.
         gpu_bytes: Peak memory on the GPU.
         problems: What does not fit, each with what would.
+        notes: What the prediction leaves out.
     """
 
     model: str
@@ -93,6 +96,7 @@ class PassPlan:
     cpu_bytes: int
     gpu_bytes: int | None
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -212,6 +216,8 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
             )
         baseline_s = 0.0 if baseline_is_known(common) else prober.scoring(common.suite)[0]
         n_parts = len(parts(common, missing))
+        evals = config.evals
+        left_out = [name for name in NOT_PROBED if getattr(evals, name)]
         plan = PassPlan(
             model=config.model,
             cells=plans,
@@ -221,6 +227,7 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
             parts=n_parts,
             cpu_bytes=max(peaks),
             gpu_bytes=max(gpu_peaks) if settings.device.type == "cuda" else None,
+            notes=[f"evaluation leaves out {', '.join(left_out)}"] if left_out else [],
         )
         per_window = (ARRAYS + lanes_at_once) * array // n
         return replace(

@@ -155,6 +155,16 @@ def compare_rows(row: Result, again: Result) -> Verdict:
     return Verdict(row, again, fields, codes, [_check(key, row, again) for key in row.metrics], environment)
 
 
+def without_times(row: Result) -> dict[str, Any]:
+    """Everything that a row says but times, peaks of memory and the moment: equal for equal requests."""
+    data = row.model_dump(mode="json", exclude={"created", "cost"})
+    for block in data["blocks"]:
+        block.pop("seconds")
+    if data.get("memory"):
+        data["memory"] = {k: v for k, v in data["memory"].items() if not k.startswith("peak_")}
+    return data
+
+
 def _environment(row: Result) -> dict[str, Any]:
     facts = {k: v for k, v in row.provenance.items() if k not in ("packages", "commit")}
     commit = row.provenance.get("commit") or {}

@@ -34,13 +34,36 @@ BACKENDS = {"cpu": ("torch",), "cuda": ("humming", "torch", "gemlite")}
 @click.option(
     "--norm-matrix", is_flag=True, help="Time also with a full hidden × hidden matrix after each norm."
 )
+@click.option(
+    "--end-to-end", is_flag=True, help="Instead of single linears: generation with the whole packed model."
+)
+@click.option("--batch", type=click.IntRange(1), help="With --end-to-end: sequences at once. Default: 1.")
+@click.option(
+    "--prompt-tokens", type=click.IntRange(1), help="With --end-to-end. Default: 512, or what fits."
+)
+@click.option("--new-tokens", type=click.IntRange(1), help="With --end-to-end. Default: 64.")
+@click.option(
+    "--checkpoint",
+    metavar="DIR",
+    help="With --end-to-end: pack a finished run's codes (OUTPUT/checkpoints/METHOD-SCHEME-…) instead of RTN's.",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Default: auto.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: torch's.")
-@click.option("--loop-seconds", default=1.0, show_default=True, help="Length of one measurement on a CPU.")
+@click.option(
+    "--loop-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Length of one measurement on a CPU.",
+)
 @click.option(
     "--slow-seconds", default=10.0, show_default=True, help="Rows that need longer are called slow."
 )
-@click.option("--max-minutes", type=float, help="Begin nothing after this; the same command continues.")
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Begin nothing after this; the same command continues.",
+)
 @click.option("--output", "-o", default="results/bench.json", show_default=True, help="The report, JSON.")
 @click.option("--restart", is_flag=True, help="Measure again what the output already holds.")
 @click.option("--render", is_flag=True, help="Measure nothing: print the report that --output holds.")
@@ -56,6 +79,11 @@ def bench(**given: Any) -> None:
     and the same command continues an interrupted one.
     """
     path = Path(given["output"])
+    alone = [o for o in ("batch", "prompt_tokens", "new_tokens", "checkpoint") if given[o] is not None]
+    if alone and not given["end_to_end"]:
+        raise ConfigError(
+            f"--{alone[0].replace('_', '-')} belongs to --end-to-end: add that, or leave it out."
+        )
     if given["render"]:
         show(read(path), given["format_"])
         return
@@ -112,6 +140,8 @@ def _run(given: dict[str, Any], schemes: list[Scheme], device: str, path: Path) 
     )
     if path.exists() and not given["restart"]:
         report = _continued(report, read(path), path)
+    if given["end_to_end"]:
+        return _end_to_end(given, configs, schemes, backends, device, report, path, deadline)
     if report.ceilings is None:
         click.echo("measuring the device's own rates", err=True)
         report = report.model_copy(update={"ceilings": bench.ceilings(backends, device, protocol)})
@@ -131,6 +161,60 @@ def _run(given: dict[str, Any], schemes: list[Scheme], device: str, path: Path) 
     _write(report, path)
     if deadline is not None and time.monotonic() > deadline:
         click.echo("note: --max-minutes is over; the same command continues where this one ended", err=True)
+    return report
+
+
+def _end_to_end(
+    given: dict[str, Any],
+    configs: dict[str, Any],
+    schemes: list[Scheme],
+    backends: dict[str, Any],
+    device: str,
+    report: Report,
+    path: Path,
+    deadline: float | None,
+) -> Report:
+    """Generation with every model; rows are added to the report one by one."""
+    from functools import partial
+
+    from qbench import bench
+    from qbench.deploy.packed import finished
+    from qbench.models.shapes import describe
+
+    if given["checkpoint"] and (len(configs) > 1 or len(schemes) > 1 or given["shapes"]):
+        raise ConfigError("--checkpoint belongs to one --model and one --scheme: give exactly these.")
+    if given["checkpoint"]:
+        (config,) = configs.values()
+        finished(given["checkpoint"], describe(config)[2], schemes[0])  # refused before anything is measured
+    for name, config in configs.items():
+        longest = config.max_position_embeddings
+        new = given["new_tokens"] or min(64, longest // 2)
+        prompt = given["prompt_tokens"] or min(512, longest - new)
+        if prompt + new > longest:
+            raise ConfigError(
+                f"--prompt-tokens {prompt} and --new-tokens {new} exceed the {longest} positions of {name}."
+            )
+        work = bench.Generating(given["batch"] or 1, prompt, new, given["checkpoint"])
+        if name in given["shapes"]:
+            make = partial(bench.random_model, config, device=device)
+        else:
+            make = partial(bench.loaded_model, name, device=device)
+        for row in bench.speeds(name, make, schemes, backends, device, work, report.speeds):
+            if isinstance(row, str):
+                click.echo(f"note: {row}", err=True)
+                report = report.model_copy(update={"notes": [*report.notes, row]})
+            else:
+                click.echo(
+                    f"{row.model} {row.scheme} {row.backend}: decode {row.decode_tokens_per_s:.3g} tokens/s",
+                    err=True,
+                )
+                report = report.model_copy(update={"speeds": [*report.speeds, row]})
+            _write(report, path)
+            if deadline is not None and time.monotonic() > deadline:
+                click.echo(
+                    "note: --max-minutes is over; the same command continues where this one ended", err=True
+                )
+                return report
     return report
 
 

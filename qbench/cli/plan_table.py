@@ -54,6 +54,9 @@ def print_plans(plans: Sequence[Any], workers: int, form: str) -> None:
         f"peak memory {size(total['cpu_bytes'] or 0)}, disk {size(total['disk_bytes'] or 0)}"
     )
 
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+        click.echo(f"note: {note}")
+
 
 def _seconds(value: float) -> str:
     return format_seconds(value) if value > 0 else MISSING

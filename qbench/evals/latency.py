@@ -121,8 +121,9 @@ class LoopedCalls:
         turn = self._turns(1)
         if 2 * turn > protocol.limit_s:
             raise TooSlowError(1e6 * turn / len(calls))
-        # a sample shorter than 10 ms would be decided by the scheduler
-        self.turns = max(1, round(0.01 / turn)) if turn > 0 else 1
+        # A millisecond: long beside the clock, short beside a time slice, so that on a shared machine most samples are
+        # undisturbed and the median is one of them.
+        self.turns = max(1, round(0.001 / turn)) if turn > 0 else 1
         self.per_sample = self.turns * len(calls)
 
     def _turns(self, count: int) -> float:
@@ -238,3 +239,127 @@ def _read_rate(device: str, protocol: Protocol) -> tuple[float, str]:
 
 def _median_s(calls: Sequence[Call], device: str, protocol: Protocol) -> float:
     return interleaved({"": repeatable(calls, device, protocol)})[""].median_us / 1e6
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What `generate` found; seconds, and bytes of the device's memory at its highest (None on a CPU)."""
+
+    prefill_s: float
+    step_s: float
+    graphed_step_s: float | None
+    peak_bytes: int | None
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Generation:
+    """Time greedy generation from random prompts: one forward pass over the prompts, then token by token.
+
+    On a fast GPU a step in Python is bound by launching kernels, whatever the weights weigh; there the steps are timed
+    again, each as one CUDA graph over a cache of fixed size.
+
+    Args:
+        model: A causal language model of transformers, ready on its device.
+        batch: Sequences.
+        prompt_tokens: Tokens of each prompt.
+        new_tokens: Steps after it.
+        repeats: Of the prefill; its median counts.
+        clock: Seconds; replaced in tests.
+    """
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, model.config.vocab_size, (batch, prompt_tokens), generator=generator).to(device)
+    _tokens(model, prompt, 2)  # compiles, allocates
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    prefills = []
+    for _ in range(repeats):
+        started = clock()
+        logits, cache = _step(model, prompt, None)
+        _wait(on_gpu)
+        prefills.append(clock() - started)
+    eager = [logits.argmax(-1)]
+    steps = []
+    for _ in range(new_tokens):
+        started = clock()
+        logits, cache = _step(model, eager[-1], cache)
+        eager.append(logits.argmax(-1))
+        _wait(on_gpu)  # as a program does that looks at each token
+        steps.append(clock() - started)
+    step = statistics.median(steps)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    graphed, notes = None, []
+    if on_gpu:
+        try:
+            graphed, tokens = _graphed_step(model, prompt, new_tokens)
+            if not torch.equal(tokens, torch.cat(eager[1:], 1)):
+                notes.append("graphed steps gave other tokens than steps one by one: their time only")
+        except Exception as error:  # not every cache of every model can be captured
+            first = (str(error).splitlines() or [""])[0]
+            notes.append(f"no graphed steps: {type(error).__name__}: {first[:200]}")
+    return Generation(statistics.median(prefills), step, graphed, peak, tuple(notes))
+
+
+def _step(model: Any, tokens: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    """Logits of the last position [batch, 1, vocabulary], and the cache."""
+    out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1:], out.past_key_values
+
+
+def _tokens(model: Any, prompt: torch.Tensor, count: int, cache: Any = None) -> torch.Tensor:
+    """Greedy continuation, [batch, count]."""
+    logits, cache = _step(model, prompt, cache)
+    found = [logits.argmax(-1)]
+    for _ in range(count - 1):
+        logits, cache = _step(model, found[-1], cache)
+        found.append(logits.argmax(-1))
+    return torch.cat(found, 1)
+
+
+def _graphed_step(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, torch.Tensor]:
+    """Seconds of one replayed step, and the tokens that the replays gave [batch, new_tokens]."""
+    from transformers import StaticCache
+
+    warm = 2
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens + warm + 1)
+    token = _tokens(model, prompt, 1, cache)
+
+    def step() -> None:
+        logits, _ = _step(model, token, cache)
+        token.copy_(logits.argmax(-1))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    cache.reset()
+    token.copy_(_tokens(model, prompt, 1, cache))
+    found = torch.empty(len(prompt), new_tokens, dtype=token.dtype, device=token.device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for i in range(new_tokens):
+        graph.replay()
+        found[:, i : i + 1].copy_(token)
+    end.record()
+    torch.cuda.synchronize()
+    return 1e-3 * start.elapsed_time(end) / new_tokens, found
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()

@@ -37,7 +37,7 @@ def as_csv(comparison: Comparison) -> str:
             first.setdefault(row.result.id, row)
     metrics = list(dict.fromkeys(key for table in comparison.tables for key in table.metrics))
     # Of a row with several seeds the first record stands for all.
-    lines = [_csv_fields(first[result.id], metrics) for result in comparison.results if result.id in first]
+    lines = [csv_fields(first[result.id], metrics) for result in comparison.results if result.id in first]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -45,7 +45,8 @@ def as_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def _csv_fields(row: Row, metrics: list[str]) -> dict[str, Any]:
+def csv_fields(row: Row, metrics: list[str]) -> dict[str, Any]:
+    """One row of the CSV: everything, at full precision."""
     result = row.result
     fields: dict[str, Any] = {"model": result.model, "method": result.method, "scheme": result.scheme}
     fields["options"] = json.dumps(result.options, sort_keys=True) if result.options else None
@@ -86,14 +87,14 @@ def as_markdown(comparison: Comparison) -> str:
         shown = columns(table, comparison, table.metrics)
         left = ("method", "scheme", "contract")
         lines = [
-            _pipes(_markdown(column.title) for column in shown),
+            _pipes(escape_markdown(column.title) for column in shown),
             _pipes(":--" if column.kind in left else "--:" for column in shown),
         ]
         n_rows = sum(len(block.rows) for block in table.blocks)
         lines += [_pipes(_markdown_cell(column, i) for column in shown) for i in range(n_rows)]
-        pieces.append(f"**{_markdown(table.model)}**\n\n" + "\n".join(lines))
+        pieces.append(f"**{escape_markdown(table.model)}**\n\n" + "\n".join(lines))
     # Two blanks at a line's end break it in Markdown.
-    pieces.append("  \n".join(_markdown(line) for line in legend(comparison, best="bold:")))
+    pieces.append("  \n".join(escape_markdown(line) for line in legend(comparison, best="bold:")))
     return "\n\n".join(pieces) + "\n"
 
 
@@ -101,7 +102,8 @@ def _pipes(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
     return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", text)
 
 
@@ -110,7 +112,7 @@ def _markdown_cell(column: Column, i: int) -> str:
     if column.kind == "value" and is_best(cell):
         number, _, rest = cell.removesuffix("*").strip().partition(" ")
         return f"**{number}** {rest}".strip()
-    return _markdown(cell)
+    return escape_markdown(cell)
 
 
 def as_latex(comparison: Comparison) -> str:
@@ -123,7 +125,7 @@ def as_latex(comparison: Comparison) -> str:
             f"% {table.model}",
             rf"\begin{{tabular}}{{{kinds}}}",
             r"\toprule",
-            _ampersands(_latex(column.title) for column in shown),
+            _ampersands(escape_latex(column.title) for column in shown),
         ]
         i = 0
         for block in table.blocks:
@@ -133,7 +135,7 @@ def as_latex(comparison: Comparison) -> str:
                 i += 1
         lines += [r"\bottomrule", r"\end{tabular}"]
         pieces.append("\n".join(lines))
-    notes = [_latex(line) for line in legend(comparison, best="bold:")]
+    notes = [escape_latex(line) for line in legend(comparison, best="bold:")]
     pieces.append("\\par\\smallskip\n{\\footnotesize " + "\\\\\n".join(notes) + "\\par}")
     return "\n\n".join(pieces) + "\n"
 
@@ -142,7 +144,8 @@ def _ampersands(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _latex(text: str) -> str:
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
@@ -150,5 +153,5 @@ def _latex_cell(column: Column, i: int) -> str:
     cell = " ".join(column.cells[i].split())
     if column.kind == "value" and is_best(cell):
         number, _, rest = cell.removesuffix("*").strip().partition(" ")
-        return rf"\textbf{{{_latex(number)}}} {_latex(rest)}".strip()
-    return _latex(cell)
+        return rf"\textbf{{{escape_latex(number)}}} {escape_latex(rest)}".strip()
+    return escape_latex(cell)

@@ -97,6 +97,20 @@ def test_time_limit_keeps_what_there_is(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["cells"] == []
 
 
+def test_generation_with_the_packed_model(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    request = [*SHORT, "--end-to-end", "--prompt-tokens", "8", "--new-tokens", "2", "--scheme", "W4A16g128",
+               "--scheme", "W4A16g16", "-o", str(path)]  # fmt: skip
+    text = invoke(*request, "--format", "markdown")
+    assert "tiny-llama, W4A16g16 by torch: Backend torch: int4 kernels take groups" in text
+    dense, packed = Report.model_validate_json(path.read_text()).speeds
+    assert (dense.backend, packed.backend, packed.scheme) == ("none", "torch", "W4A16g128")
+    assert packed.weight_bytes < 0.6 * dense.weight_bytes
+    assert min(packed.prefill_tokens_per_s, packed.decode_tokens_per_s) > 0
+    invoke(*request)
+    assert len(Report.model_validate_json(path.read_text()).speeds) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -108,9 +122,27 @@ def test_time_limit_keeps_what_there_is(tmp_path: Path) -> None:
         (["--method", "rtn", "--scheme", "W4A16g96"], "group_size=96 does not divide"),
         (["--model", "no-such-model"], "No model 'no-such-model'"),
         (["--tokens", "0"], "0 is not in the range"),
+        (["--batch", "2"], "--batch belongs to --end-to-end"),
+        (["--end-to-end", "--prompt-tokens", "5000"], "exceed the"),
+        (["--end-to-end", "--checkpoint", "nowhere"], "belongs to one --model and one --scheme"),
+        (["--end-to-end", "--checkpoint", "nowhere", "--scheme", "W4A16"], "no checkpoint folder"),
         (["--render"], "Cannot read the kernel report"),
     ],
-    ids=["backend", "no GPU", "shapes", "scheme", "method", "group", "model", "tokens", "nothing to render"],
+    ids=[
+        "backend",
+        "no GPU",
+        "shapes",
+        "scheme",
+        "method",
+        "group",
+        "model",
+        "tokens",
+        "batch",
+        "positions",
+        "two schemes",
+        "checkpoint",
+        "nothing to render",
+    ],
 )
 def test_refusals_are_one_sentence(arguments: list[str], words: str, tmp_path: Path) -> None:
     text = invoke(*arguments, "--device", "cpu", "-o", str(tmp_path / "bench.json"), code=2)

@@ -30,7 +30,7 @@ class GemliteLayer(KernelLayer):
             weight.codes.contiguous(),
             weight.scale.to(request.dtype),
             weight.zero_point.to(request.dtype),
-            request.grid.bits,
+            request.code_bits,
             request.group_size,
         )
         product = str(request.dtype).removeprefix("torch.")
@@ -64,8 +64,8 @@ class Gemlite:
         """See `Backend`; from gemlite's own checks."""
         if request.abits < 16:
             return "used here for 16-bit inputs only; take humming or torch for quantized ones"
-        if request.grid.bits not in BITS:
-            return f"it packs 2, 4 or 8 bits, not {request.grid.bits}"
+        if request.code_bits not in BITS:
+            return f"it packs 2, 4 or 8 bits, not {request.code_bits}"
         if request.in_features % 32 or request.group_size < 16:
             return "it takes multiples of 32 inputs and groups of at least 16"
         return None

@@ -32,7 +32,7 @@ class HummingLayer(KernelLayer):
         """Hand over codes, scales and zero points, and let humming lay them out."""
         super().__init__(request, bias)
         package, ops = importlib.import_module("humming.layer"), importlib.import_module("humming.ops")
-        bits = request.grid.bits
+        bits = request.code_bits
         config = {
             "dtype": f"uint{bits}",
             "group_size": request.grid.group_size or 0,
@@ -107,7 +107,7 @@ class Humming:
         grid, operand = request.grid, 16 if request.abits >= 16 else 8
         if operand == 8 and grid.group_size is not None:
             return "with quantized inputs it rounds group scales over the whole tensor; write the scheme without g…"
-        if operand == 8 and grid.bits == 8 and not grid.symmetric:
+        if operand == 8 and request.code_bits == 8 and not grid.symmetric:
             return "8-bit weights with quantized inputs have no zero point there; write the scheme with -sym"
         if grid.group_size is not None and grid.group_size < 16:
             return f"groups of {grid.group_size} are smaller than its 16"

@@ -47,6 +47,11 @@ class Request:
         return cls(rows, columns, grid, abits, weight.codes.device.type, dtype)
 
     @property
+    def code_bits(self) -> int:
+        """Bits that hold every code: one more than the grid's where it is bit-balanced."""
+        return self.grid.qmax.bit_length()
+
+    @property
     def group_size(self) -> int:
         """Input channels per scale; the whole width where there is one scale per output channel."""
         return self.grid.group_size or self.in_features

@@ -49,7 +49,7 @@ class Int4Layer(KernelLayer):
             pairwise = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
             packed = torch.ops.aten._convert_weight_to_int4pack(pairwise, INNER_K_TILES)
         self.register_buffer("packed", packed)
-        bits = request.grid.bits
+        bits = request.code_bits
         stored = "" if bits == 4 else f", {bits}-bit codes stored in 4 bits"
         self.arithmetic = f"{_name(request.dtype)} product, int4 codes dequantized in the kernel{stored}"
 
@@ -73,7 +73,7 @@ class Int8Layer(KernelLayer):
         self.register_buffer("scale", scale.to(request.dtype))
         offset = (middle - weight.zero_point[:, 0].float()) * scale
         self.register_buffer("offset", None if request.grid.symmetric else offset)
-        bits = request.grid.bits
+        bits = request.code_bits
         stored = "" if bits == 8 else f", {bits}-bit codes stored in 8 bits"
         self.arithmetic = f"{_name(request.dtype)} product, int8 codes dequantized in the kernel{stored}"
 
@@ -155,7 +155,7 @@ class Native:
         """See `Backend`; constraints are those of the operations, as their own error messages give them."""
         if request.abits < 16:
             return self._no_integer_product(request)
-        if request.grid.bits <= 4:
+        if request.code_bits <= 4:
             return self._no_int4(request)
         if request.device != "cpu":
             return f"torch has no W{request.grid.bits}A16 kernel for CUDA"
@@ -195,7 +195,7 @@ class Native:
         """See `Backend`."""
         if request.abits < 16:
             return IntegerProductLayer(weight, request, bias)
-        return (Int4Layer if request.grid.bits <= 4 else Int8Layer)(weight, request, bias)
+        return (Int4Layer if request.code_bits <= 4 else Int8Layer)(weight, request, bias)
 
 
 def integer_arithmetic(request: Request) -> str:

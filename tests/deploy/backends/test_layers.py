@@ -227,3 +227,25 @@ def test_a_missing_package_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("humming", "gemlite"):
         assert 'install "qbench[kernels]"' in (BACKENDS.load(name)().unavailable("cuda") or "")
+
+
+@pytest.mark.parametrize("abits", [16, 8])
+def test_a_bit_balanced_grid_keeps_its_fifth_level(abits: int) -> None:
+    """ABQ-LLM's W2*: codes 0 … 4 do not fit 2 bits, and no container may cut the last one off."""
+    codes = torch.arange(OUT * IN).reshape(OUT, IN).remainder(5).to(torch.uint8)
+    scale, zero = torch.full((OUT, 1), 0.25).half(), torch.full((OUT, 1), 2, dtype=torch.int16)
+    w = QuantizedWeight(codes, scale, zero, Grid(2, extra_level=True))
+    x = torch.randn(TOKENS, IN)
+    layer = build(BACKENDS.load("torch")(), w, abits, torch.float32)
+    assert relative(layer(x), naive(x, w, abits)) < ROUNDING[torch.float32]
+    assert layer.request.code_bits == 3
+
+
+def test_one_wrong_channel_of_thousands_is_caught() -> None:
+    """Its share of the overall norm, 0.3/64, is within the limit."""
+    exact = torch.randn(32, 4096, dtype=torch.float64)
+    y = exact.clone()
+    y[:, 99] *= 1.3
+    result = gate.compare(y, exact)
+    assert result.error < gate.LIMIT < result.worst_channel
+    assert not result.passed
