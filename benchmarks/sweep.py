@@ -4,9 +4,9 @@
         [--methods rtn,smoothquant,awq,gptq] [--schemes W4A16g128,W3A16,W4A4,W6A6] [--nsamples 32] [--seqlen 1024]
         [--limit 16] [--device auto] [--output DIR] [--json FILE]
 
-Each cell alone is `qbench run` in a process and a folder of its own, as somebody without sweeps would do it: it loads the
-model, passes through it and evaluates full precision for itself. `--shared` also measures them in one folder after each
-other, where the baseline is measured once. The sweep is `qbench sweep`, its check and its worker's start included.
+Each cell alone is `qbench run` in a process and a folder of its own, as somebody without sweeps would do it: it loads
+the model, passes through it and evaluates full precision for itself. `--shared` also measures them in one folder after
+each other, where the baseline is measured once. The sweep is `qbench sweep`, its check and its worker's start included.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Kill a sweep with SIGKILL at random moments, start it again each time, and compare its store with an undisturbed one's.
+"""Kill a sweep with SIGKILL at random moments, start it again each time, and compare with an undisturbed one's store.
 
     python benchmarks/sweep_kill.py [--kills 10] [--model tiny-llama] [--seed 0] [--both]
 
-The sweep's own process is killed, workers with it or a moment later by themselves; what is compared is every field of
-every record but times, peaks of memory and the moment. `--both`: two sweeps write one store at once, and both are killed.
-Exit status 1 if anything differs.
+The sweep's own process is killed, workers end by themselves a moment later; what is compared is every field of every
+record but times, peaks of memory and the moment. `--both`: two sweeps write one store at once, and both are killed. Exit
+status 1 if anything differs.
 """
 
 from __future__ import annotations
