@@ -3,8 +3,8 @@
     python benchmarks/sweep_kill.py [--kills 10] [--model tiny-llama] [--seed 0] [--both]
 
 The sweep's own process is killed, workers end by themselves a moment later; what is compared is every field of every
-record but times, peaks of memory and the moment. `--both`: two sweeps write one store at once, and both are killed. Exit
-status 1 if anything differs.
+record but times, peaks of memory and the moment. `--both`: two sweeps write one store at once, and both are killed.
+Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from qbench.verification import without_times
 
 REPO = Path(__file__).resolve().parent.parent
 SWEEP = """
-methods: [rtn, smoothquant, {name: omniquant, options: {epochs: 4}}, {name: affinequant, options: {epochs: 4}}]
+methods: [rtn, smoothquant, {name: omniquant, options: {epochs: 2}}, {name: affinequant, options: {epochs: 2}}]
 schemes: [W4A4, W3A16]
-calibration: {n_samples: 8, seq_len: 128}
-evals: {limit: 8, seq_len: 128}
+calibration: {n_samples: 4, seq_len: 64}
+evals: {limit: 4, seq_len: 64}
 """
 
 
