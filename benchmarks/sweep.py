@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --model MODEL --calib-dataset TRAIN.txt --eval wikitext2=TEST.txt
         [--methods rtn,smoothquant,awq,gptq] [--schemes W4A16g128,W3A16,W4A4,W6A6] [--nsamples 32] [--seqlen 1024]
-        [--limit 16] [--device auto] [--output DIR] [--json FILE]
+        [--limit 16] [--device auto] [--output DIR] [--json FILE] [--shared] [options of `qbench run` and `sweep`]
 
 Each cell alone is `qbench run` in a process and a folder of its own, as somebody without sweeps would do it: it loads
 the model, passes through it and evaluates full precision for itself. `--shared` also measures them in one folder after
@@ -57,12 +57,13 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--output")
     parser.add_argument("--json")
-    options = parser.parse_args()
+    options, extra = parser.parse_known_args()
     common = ["--model", options.model, "--nsamples", options.nsamples, "--seqlen", options.seqlen]
     common += ["--limit", options.limit, "--device", options.device]
     for flag in ("calib-dataset", "eval"):
         if value := getattr(options, flag.replace("-", "_")):
             common += [f"--{flag}", value]
+    common += extra
     methods, schemes = options.methods.split(","), options.schemes.split(",")
     with tempfile.TemporaryDirectory(prefix="qbench-sweep-") as name:
         folder = Path(options.output or name)
