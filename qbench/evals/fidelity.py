@@ -224,7 +224,7 @@ def divergence(
                 agrees[rows, place] = (part.argmax(-1) == tokens[..., 0]).cpu()
                 target = part.gather(-1, targets[..., None])[..., 0].double().cpu()
                 change[rows, place] = (
-                    torch.from_numpy(reference.target[rows, place].astype(np.float64)) + target
+                    torch.from_numpy(reference.target[rows, place].astype(np.float64)) - target
                 )
             if progress is not None:
                 progress(min(start + batch_size, len(ids)), len(ids))
