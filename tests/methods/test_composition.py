@@ -62,6 +62,15 @@ def test_presets_and_refusals_are_those_of_the_parts(tiny_llama) -> None:
         bad.planner.check(bad.scheme, spec_of(tiny_llama))
 
 
+def test_a_part_tells_what_was_asked_for_from_its_defaults(build_tiny) -> None:
+    model = build_tiny("qwen3")  # has no query_key site, which OmniQuant's default set drops and a request does not
+    lane = make_lane(model, "omniquant+gptq", "W4A4")
+    lane.planner.check(lane.scheme, spec_of(model))
+    asked = make_lane(model, "omniquant+gptq", "W4A4", sites=("attn_in", "query_key"))
+    with pytest.raises(ConfigError, match="query_key"):
+        asked.planner.check(asked.scheme, spec_of(model))
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_rounding_to_nearest_as_a_part_changes_nothing(build_tiny, tokens, family) -> None:
     model = build_tiny(family)
