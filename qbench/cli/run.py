@@ -39,6 +39,12 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
     "Evaluation": [
         ("--eval", "evals.datasets"),
         ("--limit", "evals.limit"),
+        ("--tasks", "evals.tasks"),
+        ("--limit-items", "evals.limit_items"),
+        ("--fewshot", "evals.fewshot"),
+        ("--word-perplexity", "evals.word_perplexity"),
+        ("--fidelity", "evals.fidelity"),
+        ("--generate", "evals.generate"),
         ("--eval-batch-size", "evals.batch_size"),
     ],
     "Computation": [

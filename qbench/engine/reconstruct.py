@@ -143,11 +143,13 @@ class _Stream:
                 shape = (len(ids), *hidden.shape[1:])
                 # float32: the full-precision path's inputs and outputs, each lane's inputs, and one lane's outputs
                 # and second target
-                n_bytes = (4 + n_lanes) * 4 * hidden.numel() * len(ids)
+                n_bytes = (4 + n_lanes) * settings.dtype.itemsize * hidden.numel() * len(ids)
                 placement = settings.placement or choose_placement(n_bytes, settings.device, settings.scratch)
-                self.inputs = HiddenStates(shape, settings.device, placement, folder=settings.scratch)
-                self.kwargs = move(kwargs, settings.device, torch.float32)
-            self.inputs.write(i, hidden.float())
+                self.inputs = HiddenStates(
+                    shape, settings.device, placement, settings.dtype, settings.scratch
+                )
+                self.kwargs = move(kwargs, settings.device, settings.dtype)
+            self.inputs.write(i, hidden.to(settings.dtype))
 
     def fall_back(self, what: str) -> None:
         """Go from float16 to bfloat16 for the rest of the pass, if that is allowed; otherwise raise."""
@@ -187,7 +189,7 @@ class _Stream:
         for start in range(0, len(inputs), size):
             with self.settings.autocast_context():
                 out = block(inputs.read(start, min(start + size, len(inputs))), **self.kwargs)
-            use(start, out.float())
+            use(start, out.to(self.settings.dtype))
 
     @torch.no_grad()
     def attention_maps(self, block: PreparedBlock, inputs: HiddenStates) -> HiddenStates:
@@ -219,7 +221,7 @@ class _Stream:
             with self.settings.autocast_context():
                 x, _ = reaching(linear, functools.partial(block, windows, **self.kwargs))
                 x = linear.operand(x)
-            x = x.float().reshape(-1, x.shape[-1])
+            x = x.to(self.settings.dtype).reshape(-1, x.shape[-1])
             total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None
         return total.div_(len(inputs) * inputs.shape[1])
@@ -283,8 +285,8 @@ def reconstruct(
     )
 
     for index, module in enumerate(blocks):
-        prepared = PreparedBlock(module, spec).to(settings.device, torch.float32)
-        base = block_tensors(module, spec, settings.device, torch.float32)
+        prepared = PreparedBlock(module, spec).to(settings.device, settings.dtype)
+        base = block_tensors(module, spec, settings.device, settings.dtype)
         prepared.load(base)
         observer = Observer(prepared, ids.shape[1])
         with observer if needs_stats else nullcontext():
@@ -384,7 +386,7 @@ class _LaneBlock:
 
     def _run(self, stream: _Stream, state: BlockState) -> HiddenStates:
         """Load the block exactly as its integers give it and run it."""
-        self.prepared.load(state.tensors(stream.settings.device))
+        self.prepared.load(state.tensors(stream.settings.device, stream.settings.dtype))
         self._operands(stream)
         outputs = stream.forward(self.prepared, self.q_inputs)
         if not outputs.all_finite():
@@ -405,7 +407,7 @@ class _LaneBlock:
         plan = lane.planner.plan(view)
         grid = plan.grid or grid
         for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
-            part.to(settings.device)
+            part.to(settings.device, settings.dtype)
         report = FitReport()
         if plan.training is not None:
             same_input = maps = None
