@@ -3,8 +3,7 @@
     python benchmarks/growth.py [--device cuda] [--plot docs/growth.svg]
 
 AffineQuant W4A4 on LLaMA-shaped random weights through `engine.reconstruct`. Seconds are the lanes' own (their blocks),
-memory is the largest that tensors held on a GPU, or the process's peak growth on a CPU (not shown there: a process's peak
-never falls). Ratios above the straight line through the smallest size are printed.
+memory is the largest that tensors held on a GPU (not shown on a CPU, where a process's peak never falls).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if fast.device.type == "cuda" else "CPU"
     print(f"{arguments.model} on {name}: {len(ids)} windows of {ids.shape[1]}, {arguments.epochs} epochs\n")
     print(
-        "| lane | last losses ÷ reference, block by block | worst | fast again | perplexity | reference | ÷ | residual |"
+        "| lane | last losses ÷ reference, by block | worst | fast again | perplexity | reference | ÷ | residual |"
     )
     print("|---|---|--:|--:|--:|--:|--:|--:|")
     rows: list[dict[str, Any]] = []

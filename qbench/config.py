@@ -209,6 +209,22 @@ class RunConfig(_Section):
         )
 
 
+class ScoreConfig(_Section):
+    """A model to measure as it is."""
+
+    model: Name = Field(description="A hub name, a local folder, or an embedded model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    fidelity_to: str | None = Field(
+        None,
+        description="The full-precision model it was made from: scored too, and compared with.",
+    )
+    evals: EvalConfig = EvalConfig()
+    compute: ComputeConfig = ComputeConfig()
+    output: Name = Field("results", description="Folder of the result records.")
+    restart: bool = Field(False, description="Ignore earlier measurements of the full-precision model.")
+
+
 def validated(model: type[Model], data: Mapping[str, Any], what: str) -> Model:
     """Build a model from untrusted data, such as a method from the options of a request.
 

@@ -2,9 +2,9 @@
 
     python scripts/random_model.py FOLDER --blocks 8 [--shape 7b|70b]
 
-Shapes are LLaMA's (7B: width 4096, MLP 11008, 32 heads; 70B: 8192, 28672, 64 heads in 8 groups); weights are normal with
-the standard initial deviation, in bfloat16. The tokenizer is that of the embedded tiny-llama, so any text will do. What
-is measured with it is time and memory; its perplexity means nothing.
+Shapes are LLaMA's (7B: width 4096, MLP 11008, 32 heads; 70B: 8192, 28672, 64 heads in 8 groups); weights are normal
+with the standard initial deviation, in bfloat16. The tokenizer is that of the embedded tiny-llama, so any text will do.
+It is for time and memory; its perplexity means nothing.
 """
 
 from __future__ import annotations

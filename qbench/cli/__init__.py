@@ -22,6 +22,7 @@ COMMANDS = Registry(
     {
         "run": "qbench.cli.run:run",
         "sweep": "qbench.cli.sweep:sweep",
+        "eval": "qbench.cli.eval:evaluate",
         "compare": "qbench.cli.compare:compare",
         "report": "qbench.cli.report:report",
         "merge": "qbench.cli.merge:merge",
@@ -35,6 +36,7 @@ COMMANDS = Registry(
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
     "sweep": "Compute methods × schemes × models × seeds, resumable, in as few passes as possible.",
+    "eval": "Measure any model folder as it is, and against full precision.",
     "compare": "Compare the results in one or more folders.",
     "report": "Tables and a page for papers and readers.",
     "merge": "Merge the results of several machines, losing nothing.",

@@ -54,6 +54,24 @@ class LoadedModel:
         return sum(p.numel() for p in self.model.parameters())
 
 
+@dataclass
+class ScorableModel:
+    """Any causal language model that transformers loads, quantized by whomever; enough to measure it.
+
+    Attributes:
+        blocks: Decoder layers where the architecture is known, else empty.
+        quantization: The configuration's `quantization_config`, None for ordinary weights.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    blocks: nn.ModuleList
+    max_seq_len: int
+    location: str
+    quantization: dict[str, Any] | None
+
+
 def resolve_location(name: str) -> str:
     """Folder of an embedded model, an existing local folder, or the hub name unchanged.
 
@@ -143,7 +161,7 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except QbenchError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise DataError(
             f"Cannot load model {name!r}: {first}. Give a folder saved by save_pretrained, or a hub name that can be "
@@ -202,3 +220,55 @@ def load_model(
         max_seq_len=config.max_position_embeddings,
         location=location,
     )
+
+
+def load_as_is(
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> ScorableModel:
+    """Load any causal language model as transformers has it; weights that are quantized stay as they are.
+
+    Args:
+        name: Hub name, folder, `tiny-llama` or `tiny-opt`.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Of ordinary weights, see `choose_dtype`; a quantized checkpoint keeps its own.
+        device: Where it will run; quantized weights are loaded there at once, others to the CPU.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ConfigError: Unknown name.
+        DataError: Unreadable files, or a package that the format needs is missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    location = resolve_location(name)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _readable(name):
+        config = AutoConfig.from_pretrained(location, **common)
+        quantization = getattr(config, "quantization_config", None)
+        placed = {} if quantization is None else {"device_map": {"": device}}
+        model, report = AutoModelForCausalLM.from_pretrained(
+            location, dtype="auto", output_loading_info=True, **placed, **common
+        )
+        tokenizer = AutoTokenizer.from_pretrained(location, **common)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+    model = model.eval().requires_grad_(False)
+    if quantization is None:
+        n_parameters = sum(p.numel() for p in model.parameters())
+        model = model.to(choose_dtype(dtype, n_parameters, device.type == "cuda"))
+    elif not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    try:
+        blocks = model.get_submodule(architecture_for(config).blocks)
+    except UnsupportedSchemeError:  # only needed where the model does not fit the device
+        blocks = nn.ModuleList()
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    max_seq_len = next((limit for limit in limits if limit is not None), tokenizer.model_max_length)
+    return ScorableModel(name, model, tokenizer, blocks, int(max_seq_len), location, quantization)
