@@ -56,6 +56,14 @@ def test_c4_is_measured_in_both_variants_and_texts_may_come_from_files() -> None
     assert only.config.evals.datasets == ["c4=c4.txt", "c4_new"]
 
 
+def test_tasks_are_asked_for_by_name_or_file_and_the_average_needs_all_six() -> None:
+    cells = find("AffineQuant Table 2", models=["llama-7b"], methods=["AffineQuant"], datasets=["piqa"])
+    (only,), _ = planned(cells, Changes(texts={"piqa": "piqa.jsonl"}, limit=8))
+    assert only.config.evals.tasks == ["piqa=piqa.jsonl"] and only.config.evals.limit_items == 8
+    cells = find("AffineQuant Table 2", models=["llama-7b"], methods=["AffineQuant"], datasets=["avg"])
+    assert len(planned(cells)[0][0].config.evals.tasks) == 6
+
+
 def test_a_folder_for_a_model_that_is_not_asked_for_is_refused() -> None:
     with pytest.raises(ConfigError, match="facebook/opt-125m"):
         planned(find("AffineQuant Table 1", models=["opt-125m"]), Changes(models={"opt-6.7b": "x"}))
