@@ -24,7 +24,7 @@ Name = Annotated[str, Field(min_length=1)]
 Model = TypeVar("Model", bound=BaseModel)
 
 # Where a run's files lie and whether it starts over changes no number: these stay out of the hash.
-PLACES = {"output", "save_dir", "resume", "restart"}
+PLACES = {"output", "save_dir", "save_act_scales", "resume", "restart"}
 
 
 class _Section(BaseModel):
@@ -46,6 +46,13 @@ class CalibrationConfig(_Section):
         None, ge=2, description="Tokens per window. Default: 2048, or the model's limit if that is smaller."
     )
     seed: int = Field(2, ge=0, description="Seed of the calibration windows and of everything random.")
+    act_scales: str | None = Field(
+        None,
+        description="Largest inputs per channel from this act_scales file (.pt) instead of those observed.",
+    )
+    act_shifts: str | None = Field(
+        None, description="Centres per channel from this act_shifts file (.pt) instead of those observed."
+    )
 
 
 class EvalConfig(_Section):
@@ -151,7 +158,14 @@ class RunConfig(_Section):
     quantizer: QuantizerConfig = QuantizerConfig()
     output: Name = Field("results", description="Folder of the result records.")
     save_dir: str | None = Field(None, description="Also write each quantized model to a folder in here.")
-    resume: str | None = Field(None, description="Continue from the checkpoints in this folder.")
+    save_act_scales: str | None = Field(
+        None, description="Also write the observed channel ranges: act_scales and act_shifts in this folder."
+    )
+    resume: str | None = Field(
+        None,
+        description="Continue from the checkpoints in this folder; or evaluate the parameters in this file (.pth) "
+        "of the authors' OmniQuant or AffineQuant.",
+    )
     restart: bool = Field(False, description="Ignore earlier checkpoints and results.")
 
     @model_validator(mode="wrap")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
@@ -34,6 +35,8 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--nsamples --n-samples", "calibration.n_samples"),
         ("--seqlen --seq-len", "calibration.seq_len"),
         ("--seed", "calibration.seed"),
+        ("--act-scales", "calibration.act_scales"),
+        ("--act-shifts", "calibration.act_shifts"),
         ("--seeds", "seeds"),
     ],
     "Evaluation": [
@@ -59,6 +62,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
     "Output": [
         ("--output -o --output-dir", "output"),
         ("--save-dir", "save_dir"),
+        ("--save-act-scales", "save_act_scales"),
         ("--resume", "resume"),
         ("--restart", "restart"),
     ],
@@ -259,6 +263,9 @@ def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         ConfigError: For anything that is wrong with the request.
     """
     request = read_mapping(given["config"]) if given["config"] else {}
+    parameters = None
+    if given["resume"] is not None and _is_parameter_file(given["resume"]):
+        parameters, given = given["resume"], given | {"resume": None}
     for _, path in (row for rows in CONFIG_OPTIONS.values() for row in rows):
         value = given[path.replace(".", "__")]
         if value is not None and value != ():
@@ -278,8 +285,15 @@ def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         if given[f"method__{name}"] is not None
     ]
     settings += [_parse_setting(text) for text in given["settings"]]
+    if parameters is not None:
+        settings.append(_Setting(None, "parameters", parameters, "--resume FILE"))
     requests, remarks = _apply(config.methods, settings, given["published_form"])
     return config.model_copy(update={"methods": requests}), remarks
+
+
+def _is_parameter_file(path: str) -> bool:
+    """Whether --resume names a file of learned parameters rather than a run's folder."""
+    return Path(path).is_file() or (path.endswith((".pth", ".pt")) and not Path(path).is_dir())
 
 
 def _put(request: dict[str, Any], path: str, value: Any) -> None:

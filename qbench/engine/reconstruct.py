@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qbench.engine import attention
 from qbench.engine.activations import ActivationStats, Observer
 from qbench.engine.capture import block_inputs, move, reaching
+from qbench.engine.channel_files import ChannelFiles
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import HiddenStates, choose_placement
 from qbench.engine.optimize import FitReport, Windows, fit
@@ -248,6 +249,7 @@ def reconstruct(
     ids: Tensor,
     settings: EngineSettings,
     listener: Listener | None = None,
+    files: ChannelFiles | None = None,
 ) -> list[LaneResult]:
     """Quantize every block for every lane; the model itself is left unchanged.
 
@@ -259,6 +261,7 @@ def reconstruct(
         ids: Calibration windows [n, seq].
         settings: Device, precision, batch size, placement.
         listener: Told of progress.
+        files: Input statistics given or to be kept; None: methods see what is observed.
 
     Returns:
         One result per lane, in order. A lane that broke down has its `error` set and the blocks before it.
@@ -270,17 +273,18 @@ def reconstruct(
     results = [LaneResult(lane) for lane in lanes]
     # A lane whose blocks are all finished is read, not run: nobody needs its activations.
     finished = [lane.has_block(len(blocks) - 1) for lane in lanes]
-    if not all(finished):
+    keep = files is not None and files.keep
+    if keep or not all(finished):
         listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
         stream = _Stream(model, blocks, ids, settings, finished.count(False))
     listener.stage("quantize")
     listener.blocks(len(blocks), [lane.name for lane in lanes])
     for result in (result for result, done in zip(results, finished, strict=True) if done):
         _read(result, len(blocks), listener)
-    if all(finished):
+    if all(finished) and not keep:
         return results
     q_inputs = [stream.inputs] * len(lanes)  # never written to: each block's outputs are a new array
-    needs_stats = any(
+    needs_stats = keep or any(
         lane.planner.needs.activation_stats for lane, done in zip(lanes, finished, strict=True) if not done
     )
 
@@ -295,6 +299,7 @@ def reconstruct(
                 stream.fall_back(f"The full-precision outputs of block {index} are not finite")
                 observer.stats.clear()
                 fp_outputs = stream.forward(prepared, stream.inputs)
+        stats = observer.stats if files is None else files.apply(index, observer.stats)
         for i, lane in enumerate(lanes):
             if finished[i] or results[i].error is not None:
                 continue
@@ -303,9 +308,7 @@ def reconstruct(
             started = time.perf_counter()
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
-            work = _LaneBlock(
-                lane, index, len(blocks), prepared, base, observer.stats, q_inputs[i], fp_outputs
-            )
+            work = _LaneBlock(lane, index, len(blocks), prepared, base, stats, q_inputs[i], fp_outputs)
             try:
                 state, outputs = work.replay(stream) if done else work.compute(stream, listener)
             except (NumericalError, DataError) as error:  # this lane ends here, the others go on

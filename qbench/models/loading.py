@@ -15,6 +15,7 @@ from torch import nn
 from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, suggest
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
+from qbench.models.extra_biases import apply_extra_biases
 from qbench.provenance import WEIGHT_FILES
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -205,6 +206,8 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights in their place
         raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+    with _readable(name):
+        apply_extra_biases(model, architecture, sorted(report["unexpected_keys"]), location, revision)
     model = model.eval().requires_grad_(False)
     model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
     for parameter_name, parameter in model.named_parameters():
