@@ -117,7 +117,7 @@ def write_reference(
     """Compute the full-precision model's answers and keep them in `folder`, which appears whole or not at all.
 
     Args:
-        folder: Where; must not exist.
+        folder: Where; one that is there and whole is left as it is.
         model: The full-precision model, ready to run.
         ids: Token windows  # [n, t]
         top_k: Tokens to keep at each position; default: by `choose_top_k`.
@@ -156,8 +156,12 @@ def write_reference(
         for file in files.values():
             file.flush()
         (draft / "reference.json").write_text(json.dumps({"vocab": vocab}))
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:  # a damaged one, or another process was faster: then its answers are as good
+            if open_reference(folder) is None:
+                shutil.rmtree(folder)
+                draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     found = open_reference(folder)
