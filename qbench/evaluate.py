@@ -142,9 +142,14 @@ def make_suite(evals: EvalConfig, tokenizer: Any, seq_len: int, max_length: int,
         source: Dataset that `auto` stands for.
 
     Raises:
-        ConfigError: Unknown tasks.
+        ConfigError: Unknown tasks, continuations longer than the model takes.
         DataError: Texts or tasks that are missing, unreadable or too short.
     """
+    if min(PROMPT_TOKENS, seq_len) + evals.generate > max_length:
+        raise ConfigError(
+            f"--generate {evals.generate} after prompts of {min(PROMPT_TOKENS, seq_len)} tokens is more than the "
+            f"{max_length} tokens of this model. Use --generate {max(0, max_length - PROMPT_TOKENS)} or less."
+        )
     texts = [
         scored_text(
             source if spec == "auto" else spec,

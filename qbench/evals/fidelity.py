@@ -3,7 +3,7 @@
 The reference keeps, at every scored position, the k likeliest tokens and their log-probabilities, so that it is
 computed once and any number of models is compared with it. All tokens beyond these are one lump: the KL divergence over
 that coarser alphabet is never above the true one (data processing), and what it may be short of it is bounded at every
-position by `_lump_bound`, from quantities that are known exactly. With k as large as the vocabulary the bound is 0.
+position by `_most_cross_entropy`, from quantities that are known exactly. With k as large as the vocabulary it is 0.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _lumped_kl(logprobs: Tensor, tokens: Tensor, tail: Tensor, q: Tensor) -> tup
     rest_q = (1 - log_q.exp().sum(-1, dtype=torch.float64)).clamp_min(smallest)
     lump = rest_p * (rest_p / rest_q).log()
     bound = tail + _most_cross_entropy(logprobs[..., -1].double(), rest_p, tokens, q) - lump
-    return kl.clamp_min(0), bound.clamp_min(0)
+    return (kl + lump).clamp_min(0), bound.clamp_min(0)
 
 
 def _most_cross_entropy(cap: Tensor, rest: Tensor, tokens: Tensor, q: Tensor) -> Tensor:
