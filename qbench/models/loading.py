@@ -14,6 +14,7 @@ from torch import nn
 from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, suggest
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
+from qbench.models.packed import PackedFolder, packed_settings
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny-llama", "tiny-opt")
@@ -31,6 +32,7 @@ class LoadedModel:
         spec: The description read off its first block.
         max_seq_len: Longest sequence it takes.
         location: Folder it was read from, or the hub name.
+        packed: Format and bits of a folder of packed integers, whose dequantized weights the model has; else None.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LoadedModel:
     spec: BlockSpec
     max_seq_len: int
     location: str
+    packed: str | None = None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -116,7 +119,7 @@ def load_model(
     on_gpu: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load model and tokenizer to the CPU.
+    """Load model and tokenizer to the CPU; a folder of packed integers (GPTQ, AWQ, compressed-tensors) dequantized.
 
     Args:
         name: Hub name, folder, `tiny-llama` or `tiny-opt`.
@@ -137,9 +140,13 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(location, **common)
         architecture = architecture_for(config)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto", output_loading_info=True, **common
-        )
+        packed = _packed(location, revision, config)
+        if packed is not None:
+            model, report = packed.load(config, choose_dtype(dtype, packed.n_parameters, on_gpu))
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                location, dtype="auto", output_loading_info=True, **common
+            )
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
     except QbenchError:
         raise
@@ -166,4 +173,16 @@ def load_model(
         spec=architecture.block_spec(blocks[0], config),
         max_seq_len=config.max_position_embeddings,
         location=location,
+        packed=None if packed is None else packed.summary,
     )
+
+
+def _packed(location: str, revision: str | None, config: Any) -> PackedFolder | None:
+    """The folder of packed integers that a name stands for, or None for an ordinary model."""
+    if not Path(location).is_dir():
+        if getattr(config, "quantization_config", None) is None:
+            return None
+        from huggingface_hub import snapshot_download
+
+        location = snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+    return None if packed_settings(location) is None else PackedFolder(location)
