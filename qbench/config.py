@@ -24,7 +24,7 @@ Name = Annotated[str, Field(min_length=1)]
 Model = TypeVar("Model", bound=BaseModel)
 
 # Where a run's files lie and whether it starts over changes no number: these stay out of the hash.
-PLACES = {"output", "save_dir", "resume", "restart"}
+PLACES = {"output", "save_dir", "export", "resume", "restart"}
 
 
 class _Section(BaseModel):
@@ -126,10 +126,20 @@ class RunConfig(_Section):
     )
     calibration: CalibrationConfig = CalibrationConfig()
     evals: EvalConfig = EvalConfig()
+    seeds: int = Field(
+        1, ge=1, description="Repeat with this many calibration seeds: --seed, --seed + 1, and so on."
+    )
     compute: ComputeConfig = ComputeConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     output: Name = Field("results", description="Folder of the result records.")
-    save_dir: str | None = Field(None, description="Also write each quantized model to a folder in here.")
+    save_dir: str | None = Field(
+        None,
+        description="Write each quantized model to a folder in here; fake-quantized unless export says more.",
+    )
+    export: list[Literal["gptq", "compressed-tensors", "awq", "fake"]] = Field(
+        [],
+        description="Write each quantized model in this format, certified, to save_dir or OUTPUT/exports; repeatable.",
+    )
     resume: str | None = Field(None, description="Continue from the checkpoints in this folder.")
     restart: bool = Field(False, description="Ignore earlier checkpoints and results.")
 
@@ -161,6 +171,16 @@ class RunConfig(_Section):
     def parsed_schemes(self) -> list[Scheme]:
         """The schemes as values."""
         return [Scheme.parse(scheme) for scheme in self.schemes]
+
+    def alone(self, method: MethodRequest, scheme: str) -> RunConfig:
+        """The request of one of its rows: what a record keeps, and what is hashed to name a cell."""
+        return self.model_copy(update={"methods": [method], "schemes": [scheme], "seeds": 1})
+
+    def at_seed(self, seed: int) -> RunConfig:
+        """The same request with one calibration seed."""
+        return self.model_copy(
+            update={"calibration": self.calibration.model_copy(update={"seed": seed}), "seeds": 1}
+        )
 
     def canonical(self) -> str:
         """JSON with sorted keys and all defaults: equal for equal requests, however they were written."""

@@ -15,11 +15,13 @@ import torch
 from qbench.config import MethodRequest, RunConfig
 from qbench.deploy.certificate import Probe, choose_probe
 from qbench.deploy.export import ExportRequest, export
+from qbench.deploy.folder import folder_name
 from qbench.engine import attention
 from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.progress import Listener
 from qbench.engine.reconstruct import Lane, LaneResult
 from qbench.engine.settings import EngineSettings
-from qbench.errors import ConfigError, DataError
+from qbench.errors import ConfigError, DataError, UnsupportedSchemeError
 from qbench.evaluate import model_fingerprint, scored_text
 from qbench.methods import METHODS
 from qbench.models.loading import LoadedModel, load_model
@@ -65,6 +67,7 @@ def export_row(
     requests: Sequence[ExportRequest],
     loaded: LoadedModel | None = None,
     report: Report | None = None,
+    checkpoints: str | Path | None = None,
 ) -> Result:
     """Export one row in one or more formats and keep the certificates in its record.
 
@@ -74,6 +77,7 @@ def export_row(
         requests: Formats, places, runtimes.
         loaded: Its full-precision model, if it is in memory; left unchanged.
         report: Told one sentence per export.
+        checkpoints: Folder with `checkpoints/` in it, if it is not `results`: what the run resumed from.
 
     Returns:
         The row with its certificates, as stored.
@@ -85,13 +89,18 @@ def export_row(
     store = ResultStore(results)
     config = RunConfig.model_validate(row.config)
     scheme = Scheme.parse(row.scheme)
-    finished = _finished(Path(results), row, scheme)
+    finished = _finished(Path(checkpoints or results), row, scheme)
     if loaded is None:
         loaded = _load(config, row)
     if len(finished) != len(loaded.blocks):
         raise ConfigError(
             f"The checkpoint of {row.method} {row.scheme} holds {len(finished)} of {len(loaded.blocks)} blocks. "
             "Finish the run first: the same `qbench run` continues it."
+        )
+    if row.codes is not None and finished.codes != row.codes:
+        raise DataError(
+            f"The checkpoint {row.checkpoint} holds other integers than the row {row.id[:12]} was measured with. "
+            "Run it again."
         )
     loaded.model.set_attn_implementation(attention.register())
     settings = _settings(row)
@@ -103,7 +112,15 @@ def export_row(
     )  # fmt: skip
     for request in requests:
         certificate = export(
-            loaded, finished, settings, row, baseline, label_of(row.method), request, probe, _recipe(config, row)
+            loaded,
+            finished,
+            settings,
+            row,
+            baseline,
+            label_of(row.method),
+            request,
+            probe,
+            _recipe(config, row),
         )
         row = _with_certificate(row, certificate)
         store.save(row)
@@ -119,19 +136,16 @@ def label_of(method: str) -> str:
 
 def _finished(results: Path, row: Result, scheme: Scheme) -> LaneResult:
     """The row's blocks as its checkpoint has them."""
-    resumed = row.config.get("resume")
-    places = [results / "checkpoints", *([Path(resumed) / "checkpoints"] if resumed else [])]
-    name = row.checkpoint
-    folder = next((p / name for p in places if name is not None and (p / name / "manifest.json").exists()), None)
-    if folder is None:
+    folder = results / "checkpoints" / (row.checkpoint or "")
+    if row.checkpoint is None or not (folder / "manifest.json").exists():
         raise ConfigError(
-            f"{str(results)!r} has no checkpoint of {row.method} {row.scheme}"
-            f"{'' if name is None else f' (checkpoints/{name})'}: without finished blocks there is nothing to export. "
-            "Run it again with the same options."
+            f"{str(results)!r} has no checkpoint of {row.method} {row.scheme}: without its finished blocks there is "
+            "nothing to export. Run it again with the same options."
         )
-    result = LaneResult(Lane(f"{row.method} {scheme}", _NoPlan(), scheme, Checkpoint.existing(folder)))
-    for i in range(len(result.lane.checkpoint or ())):
-        result.add(i, result.state(i), fresh=False)
+    checkpoint = Checkpoint.existing(folder)
+    result = LaneResult(Lane(f"{row.method} {scheme}", _NoPlan(), scheme, checkpoint))
+    for i in range(len(checkpoint)):
+        result.add(i, checkpoint.load(i), fresh=False)
     return result
 
 
@@ -152,7 +166,9 @@ def _load(config: RunConfig, row: Result) -> LoadedModel:
         trust_remote_code=config.trust_remote_code,
     )
     if model_fingerprint(loaded.model, loaded.location) != row.model_fingerprint:
-        raise DataError(f"Model {config.model!r} is not the one that the row was made from: its content differs.")
+        raise DataError(
+            f"Model {config.model!r} is not the one that the row was made from: its content differs."
+        )
     return loaded
 
 
@@ -195,7 +211,7 @@ def _recipe(config: RunConfig, row: Result) -> str:
 
 
 def _with_certificate(row: Result, certificate: Certificate) -> Result:
-    """The row with a new certificate in the place of an earlier one of the same format, and its sentence in the notes."""
+    """The row with a new certificate instead of an earlier one of the same format, and its sentence in the notes."""
     begins = f"exported as {certificate.format}: "
     kept = [c for c in row.certificates if c.format != certificate.format]
     notes = [note for note in row.notes if not note.startswith(begins)]
@@ -207,21 +223,55 @@ def _with_certificate(row: Result, certificate: Certificate) -> Result:
     )
 
 
+def require_distinct(config: RunConfig, wanted: Sequence[Any]) -> None:
+    """Refuse a request whose rows would be exported to one and the same folder.
+
+    Raises:
+        ConfigError: Names the folder.
+    """
+    if not config.export and config.save_dir is None:
+        return
+    names = [folder_name(config.model, label_of(w.request.name), Scheme.parse(w.scheme)) for w in wanted]
+    twice = sorted({name for name in names if names.count(name) > 1}) or (
+        names[:1] if config.seeds > 1 else []
+    )
+    if twice:
+        raise ConfigError(
+            f"Several rows would be exported to {twice[0]}. Leave --export and --save-dir out, and export one row with "
+            "`qbench export RUN --row ID` afterwards."
+        )
+
+
 def export_all(
-    config: RunConfig, rows: Sequence[Result], loaded: LoadedModel, report: Report | None = None
+    config: RunConfig, rows: Sequence[Result], loaded: LoadedModel, listener: Listener
 ) -> list[Result]:
     """Export every quantized row of a run as its configuration asks; `save_dir` alone asks for plain folders.
 
     Raises:
-        UnsupportedSchemeError: If a format cannot hold a row. With `save_dir` alone a note in the row says so instead.
+        UnsupportedSchemeError: If a format cannot hold a row; with `save_dir` alone its notes say so instead.
     """
+    names = config.export or (["fake"] if config.save_dir is not None else [])
+    if not names:
+        return list(rows)
     parent = Path(config.save_dir or Path(config.output) / "exports")
-    several = len(config.export) > 1 or config.save_dir is None
-    requests = [ExportRequest(name, parent / name if several else parent) for name in config.export]
+    requests = [ExportRequest(name, parent / name if config.export else parent) for name in names]
     finished = []
     for row in rows:
-        wanted = requests
-        if not row.is_baseline and wanted:
-            row = export_row(config.output, row, wanted, loaded, report)
+        if not row.is_baseline:
+            listener.stage("export", f"{row.method} {row.scheme}")
+            try:
+                row = export_row(
+                    config.output,
+                    row,
+                    requests,
+                    loaded,
+                    listener.note,
+                    checkpoints=config.resume or config.output,
+                )
+            except UnsupportedSchemeError as error:
+                if config.export:
+                    raise
+                row = row.model_copy(update={"notes": [*row.notes, f"not saved: {error}"]})
+                ResultStore(config.output).save(row)
         finished.append(row)
     return finished

@@ -21,6 +21,7 @@ one evaluation's own fields. Two rows that were measured on different things und
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -48,6 +49,7 @@ def environment() -> dict[str, Any]:
     """Describe software and hardware; torch is asked only if somebody has imported it already."""
     return {
         "qbench": __version__,
+        "code": code_fingerprint(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "commit": git_commit(),
@@ -215,8 +217,9 @@ def fingerprint_folder(path: str | Path) -> str:
     return sha256_json({file.name: fingerprint_file(file) for file in files})
 
 
+@functools.cache
 def code_fingerprint() -> str:
-    """Identify the code that decides which codes come out: a checkpoint of other code is not continued."""
+    """Identify the code that decides which codes come out: neither a checkpoint nor a row of other code is reused."""
     package = Path(__file__).parent
     sources = sorted(
         f

@@ -182,6 +182,7 @@ class Result(_Record):
             transforms included; embeddings and head are not in it.
         contract: Hash of everything that is not the method (`provenance.contract`), of these `contract_fields`.
         transforms: Of the first block; the others have the same.
+        codes: SHA-256 of all integer codes, scales and zero points, block by block; None for full precision.
         checkpoint: Name of the folder of finished blocks below `checkpoints/`.
         certificates: Of the row's exports.
     """
@@ -206,6 +207,7 @@ class Result(_Record):
     config: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
+    codes: str | None = None
     checkpoint: str | None = None
     certificates: list[Certificate] = []
 

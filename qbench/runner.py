@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 
 from qbench import provenance
-from qbench.config import RunConfig, validated
+from qbench.cells import labels
+from qbench.config import PLACES, MethodRequest, RunConfig, validated
 from qbench.data.text import load_text, parse_dataset
 from qbench.data.windows import TokenWindows, draw_calibration
-from qbench.deploy.folder import save_plain
+from qbench.deploy.export import foresee
 from qbench.engine import attention
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.install import quantized
 from qbench.engine.progress import Listener
 from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
 from qbench.engine.settings import EngineSettings
-from qbench.errors import ConfigError, NumericalError, UnsupportedSchemeError
+from qbench.errors import ConfigError, NumericalError, QbenchError, UnsupportedSchemeError
 from qbench.evaluate import (
     Suite,
     baseline_cache,
@@ -36,6 +38,9 @@ from qbench.evaluate import (
     score,
     scored_text,
 )
+from qbench.exports import export_all, require_distinct
+from qbench.failures import Failure, FailureStore
+from qbench.locking import Lock
 from qbench.methods import METHODS
 from qbench.methods.base import Method
 from qbench.models.loading import EMBEDDED, LoadedModel, load_model
@@ -44,6 +49,30 @@ from qbench.scheme import Scheme
 
 EMBEDDED_SAMPLES, PUBLISHED_SAMPLES = 16, 128
 PUBLISHED_SEQ_LEN, EMBEDDED_SEQ_LEN = 2048, 256
+SHARED_ARRAYS = 4  # of hidden states besides one per lane: see engine.reconstruct
+POLL_S = 1.0  # between looks at rows that another process computes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One row that a pass is asked for.
+
+    Attributes:
+        label: Unique within the pass; the name of its lane.
+    """
+
+    label: str
+    request: MethodRequest
+    scheme: str
+
+
+@dataclass
+class PassResult:
+    """What became of the rows of one pass, by label; each is in exactly one of the two."""
+
+    baseline: Result
+    rows: dict[str, Result] = field(default_factory=dict)
+    errors: dict[str, QbenchError] = field(default_factory=dict)
 
 
 def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
@@ -54,42 +83,112 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
         listener: Told of progress and of each finished row.
 
     Returns:
-        Rows in the order baseline, then scheme by scheme in the order of the methods. Each is also in the store.
+        Rows in the order baseline, then seed by seed, scheme by scheme in the order of the methods.
+        Each is also in the store.
 
     Raises:
         ConfigError: Anything wrong with the request, before a weight is touched.
         DataError: Missing or damaged files.
-        NumericalError: A method broke down; finished rows are in the store.
+        NumericalError: A method broke down; finished rows are in the store, beside a record of the failure.
     """
     listener = listener or Listener()
-    classes = {request.name: METHODS.load(request.name) for request in config.methods}
+    wanted = every_row(config)
+    methods = check_request(config, wanted)
+    loaded = load(config, listener)
+    if config.export:
+        lanes = [Lane(c.label, c.method, c.scheme) for c in _cells(wanted, methods, loaded)]
+        foresee(loaded, lanes, config.export, config.quantizer.zero_in_range)
+    rows, errors = [], []
+    for seed in range(config.calibration.seed, config.calibration.seed + config.seeds):
+        if config.seeds > 1:
+            listener.note(f"calibration seed {seed}")
+        done = run_pass(config.at_seed(seed), wanted, listener, loaded)
+        rows += [done.baseline, *done.rows.values()] if not rows else done.rows.values()
+        errors += done.errors.values()
+    rows = export_all(config, rows, loaded, listener)
+    if errors:
+        finished = (
+            f" Finished rows are in {config.output}." if any(not row.is_baseline for row in rows) else ""
+        )
+        kinds = {type(error) for error in errors}
+        kind = kinds.pop() if len(kinds) == 1 else NumericalError
+        raise kind(" ".join(map(str, errors)) + finished)
+    return rows
+
+
+def every_row(config: RunConfig) -> list[Wanted]:
+    """Methods × schemes of a request, each with a label of its own."""
+    pairs = [(request, scheme) for scheme in config.schemes for request in config.methods]
+    names = labels([config.alone(request, scheme) for request, scheme in pairs])
+    return [Wanted(name, request, scheme) for name, (request, scheme) in zip(names, pairs, strict=True)]
+
+
+def check_request(config: RunConfig, wanted: Sequence[Wanted]) -> list[Method]:
+    """Refuse what can be refused without reading a weight; returns the methods with their options.
+
+    Raises:
+        ConfigError: Unknown methods or options, folders that cannot be written or read, a device that is not there.
+    """
     methods = [
-        validated(classes[request.name], request.options, f"method {request.name}")
-        for request in config.methods
+        validated(METHODS.load(w.request.name), w.request.options, f"method {w.request.name}") for w in wanted
     ]
-    schemes = config.parsed_schemes
     require_writable(config.output)
     if config.save_dir is not None:
         require_writable(config.save_dir, "save-dir")
+    require_distinct(config, wanted)
     if config.resume is not None and not Path(config.resume).is_dir():
         raise ConfigError(
             f"resume={config.resume!r} is not a folder. Give the output folder of an earlier run; the parameter files "
             "(.pth) of the authors' programs are not read by this version."
         )
-    device = choose_device(config.compute.device)
+    choose_device(config.compute.device)
+    return methods
+
+
+def load(config: RunConfig, listener: Listener | None = None) -> LoadedModel:
+    """The model of a request, ready for the engine."""
     if config.compute.threads is not None:
         torch.set_num_threads(config.compute.threads)
-
-    listener.stage("load", config.model)
+    (listener or Listener()).stage("load", config.model)
     loaded = load_model(
         config.model,
         config.revision,
         dtype=config.compute.model_dtype,
-        on_gpu=device.type == "cuda",
+        on_gpu=choose_device(config.compute.device).type == "cuda",
         trust_remote_code=config.trust_remote_code,
     )
     loaded.model.set_attn_implementation(attention.register())
-    lanes = _lanes(methods, schemes, loaded)
+    return loaded
+
+
+def run_pass(
+    config: RunConfig,
+    wanted: Sequence[Wanted],
+    listener: Listener | None = None,
+    loaded: LoadedModel | None = None,
+) -> PassResult:
+    """Compute rows that share model, calibration and arithmetic on one pass through the model.
+
+    Rows that the store has, made by the same code, are taken from there. Rows that another process is computing at this
+    moment are left to it, and looked at again when the others are done. A row that breaks down is recorded as a failure
+    and the others go on.
+
+    Args:
+        config: The request; its methods and schemes are not looked at, nor is its number of seeds.
+        wanted: The rows.
+        listener: Told of progress.
+        loaded: The model, if it is in memory already.
+
+    Raises:
+        ConfigError: Anything wrong with the request, all offences at once.
+        DataError: Missing or damaged files.
+        NumericalError: The full-precision model itself gives values that are not finite.
+    """
+    listener = listener or Listener()
+    methods = check_request(config, wanted)
+    device = choose_device(config.compute.device)
+    loaded = loaded or load(config, listener)
+    cells = _cells(wanted, methods, loaded)
     settings = _settings(config, device, loaded)
 
     listener.stage("calibration")
@@ -97,36 +196,166 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
     store = ResultStore(config.output)
     common = _Common(config, loaded, settings, calibration, suite, contract, fields, store, listener, notes)
-    for lane, method in lanes:
-        _attach_checkpoint(lane, method, common)
-    if config.resume is not None and not any(lane.checkpoint for lane, _ in lanes):
+    waiting = [cell for cell in cells if _stored(common, cell) is None]
+    if config.resume is not None and waiting and not any(_has_blocks(common, cell) for cell in waiting):
         raise ConfigError(
             f"resume={config.resume!r} holds no finished block of this request: model, tokens, method, options, "
             "scheme, arithmetic or qbench's own code differ. Leave --resume out to begin anew."
         )
+    result = PassResult(_baseline(common))
+    listener.row(result.baseline)
+    for cell in cells:
+        if cell not in waiting:
+            _finish(common, cell, result, _stored(common, cell))
+    told = False
+    while waiting:
+        locked = [cell for cell in waiting if cell.lock(_folder(common, cell)).acquire()]
+        try:
+            for part in _parts(common, [c for c in locked if not _made_meanwhile(common, c, result)]):
+                _compute(common, part, result)
+        finally:
+            for cell in locked:
+                cell.held.release()
+        waiting = [cell for cell in waiting if cell not in locked]
+        if waiting and not told:
+            listener.note(f"{len(waiting)} rows are being computed by another process: waiting for it")
+            told = True
+        if waiting and not locked:
+            time.sleep(POLL_S)
+    order = [cell.label for cell in cells]
+    result.rows = {label: result.rows[label] for label in order if label in result.rows}
+    return result
 
-    rows = [_baseline(common)]
-    listener.row(rows[0])
-    finished = reconstruct(
-        loaded.model,
-        list(loaded.blocks),
-        loaded.spec,
-        [lane for lane, _ in lanes],
-        calibration.ids,
-        settings,
-        listener,
+
+@dataclass(eq=False)
+class _Cell:
+    """One row on its way: the request, and the method with its presets resolved."""
+
+    label: str
+    request: MethodRequest
+    method: Method
+    scheme: Scheme
+    held: Lock = field(init=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every option, as the record keeps it."""
+        return self.method.model_dump(mode="json")
+
+    def lock(self, folder: Path) -> Lock:
+        """The lock of its checkpoint folder."""
+        self.held = Lock(folder / "lock")
+        return self.held
+
+
+def _cells(wanted: Sequence[Wanted], methods: Sequence[Method], loaded: LoadedModel) -> list[_Cell]:
+    """Resolve presets and refuse what cannot be done, all offences at once."""
+    cells, problems = [], []
+    for w, method in zip(wanted, methods, strict=True):
+        scheme = Scheme.parse(w.scheme)
+        resolved = method.resolve(scheme, loaded.spec)
+        try:
+            resolved.check(scheme, loaded.spec)
+        except UnsupportedSchemeError as error:
+            problems.append(f"{method.name} at {scheme}: {error}")
+        cells.append(_Cell(w.label, w.request, resolved, scheme))
+    if problems:
+        distinct = {problem.split(": ", 1)[1]: problem for problem in problems}
+        raise UnsupportedSchemeError(" ".join(distinct.values()))
+    # Two requests can come to the same when their presets are resolved: the first stands for both.
+    return list({(c.method.name, str(c.scheme), repr(c.options)): c for c in reversed(cells)}.values())[::-1]
+
+
+def _stored(common: _Common, cell: _Cell) -> Result | None:
+    """The row of an earlier run, if nothing has to be done for it again."""
+    config = common.config
+    if config.restart:
+        return None
+    row = common.store.find(_row_id(common, cell.method.name, cell.scheme, cell.options, trained=True))
+    return row if row is not None and _same_code(row) else None
+
+
+def _same_code(row: Result) -> bool:
+    """Whether the code that decides the codes is what made this row: after a change, rows are made again."""
+    return row.provenance.get("code") == provenance.code_fingerprint()
+
+
+def _made_meanwhile(common: _Common, cell: _Cell, result: PassResult) -> bool:
+    """Whether the process that held the cell before us finished it."""
+    row = _stored(common, cell)
+    if row is not None:
+        _finish(common, cell, result, row)
+    return row is not None
+
+
+def _finish(
+    common: _Common, cell: _Cell, result: PassResult, row: Result | None, fresh: bool = False
+) -> None:
+    """Take a finished row."""
+    assert row is not None
+    result.rows[cell.label] = row
+    FailureStore(common.config.output).clear(_key(common, cell))
+    common.listener.row(row)
+    common.listener.cell(cell.label, "done" if fresh else "stored")
+
+
+def _fail(common: _Common, cell: _Cell, result: PassResult, error: QbenchError) -> None:
+    """Record a failure; the others go on."""
+    result.errors[cell.label] = error
+    config = common.config.alone(cell.request, str(cell.scheme))
+    failure = Failure(
+        key=config.hash(),
+        label=cell.label,
+        model=config.model,
+        method=cell.method.name,
+        scheme=str(cell.scheme),
+        error=str(error),
+        kind=type(error).__name__,
+        code=provenance.code_fingerprint(),
+        config=config.model_dump(mode="json", exclude=PLACES),
     )
-    failures = []
-    for (lane, method), result in zip(lanes, finished, strict=True):
-        if result.error is not None:
-            failures.append(result.error)
+    FailureStore(config.output).save(failure)
+    common.listener.cell(cell.label, "failed", str(error))
+
+
+def _key(common: _Common, cell: _Cell) -> str:
+    return common.config.alone(cell.request, str(cell.scheme)).hash()
+
+
+def _parts(common: _Common, cells: Sequence[_Cell]) -> list[Sequence[_Cell]]:
+    """As many lanes to a pass as memory holds hidden states for; the rest take another pass."""
+    settings, ids = common.settings, common.calibration.ids
+    if not cells or settings.placement is not None:
+        return [cells] if cells else []
+    array = 4 * ids.numel() * common.loaded.spec.hidden_size  # float32 hidden states of all windows
+    fits = psutil.virtual_memory().available // 2 // array - SHARED_ARRAYS
+    size = len(cells) if fits < 1 else min(len(cells), int(fits))  # not even one: the engine takes the disk
+    return [cells[i : i + size] for i in range(0, len(cells), size)]
+
+
+def _compute(common: _Common, cells: Sequence[_Cell], result: PassResult) -> None:
+    """Quantize cells as lanes of one pass and measure each."""
+    loaded = common.loaded
+    lanes: list[tuple[_Cell, Lane]] = []
+    for cell in cells:
+        try:
+            lanes.append((cell, Lane(cell.label, cell.method, cell.scheme, _checkpoint(common, cell))))
+        except QbenchError as error:  # a damaged checkpoint
+            _fail(common, cell, result, error)
+    finished = reconstruct(
+        loaded.model, list(loaded.blocks), loaded.spec, [lane for _, lane in lanes], common.calibration.ids,
+        common.settings, common.listener,
+    )  # fmt: skip
+    for (cell, lane), quantized_lane in zip(lanes, finished, strict=True):
+        if quantized_lane.error is not None:
+            _fail(common, cell, result, quantized_lane.error)
             continue
-        rows.append(_measure(common, lane, method, result))
-        listener.row(rows[-1])
-    if failures:
-        done = f" Finished rows are in {config.output}." if len(rows) > 1 else ""
-        raise NumericalError(" ".join(str(error) for error in failures) + done)
-    return rows
+        try:
+            row = _measure(common, lane, cell, quantized_lane)
+        except NumericalError as error:
+            _fail(common, cell, result, NumericalError(f"{cell.label}: {error}"))
+            continue
+        _finish(common, cell, result, row, fresh=True)
 
 
 @dataclass(frozen=True)
@@ -170,25 +399,6 @@ def _granularity(asked: str, loaded: LoadedModel) -> Literal["per_head", "per_to
     if asked == "published":
         return "per_token" if loaded.spec.family == "opt" else "per_head"
     return "per_token" if asked == "per_token" else "per_head"
-
-
-def _lanes(
-    methods: Sequence[Method], schemes: Sequence[Scheme], loaded: LoadedModel
-) -> list[tuple[Lane, Method]]:
-    """Resolve presets and refuse what cannot be done, all offences at once."""
-    lanes, problems = [], []
-    for scheme in schemes:
-        for method in methods:
-            resolved = method.resolve(scheme, loaded.spec)
-            try:
-                resolved.check(scheme, loaded.spec)
-            except UnsupportedSchemeError as error:
-                problems.append(f"{method.name} at {scheme}: {error}")
-            lanes.append((Lane(f"{method.name} {scheme}", resolved, scheme), resolved))
-    if problems:
-        distinct = {problem.split(": ", 1)[1]: problem for problem in problems}
-        raise UnsupportedSchemeError(" ".join(distinct.values()))
-    return lanes
 
 
 def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, Suite, list[str]]:
@@ -255,23 +465,38 @@ def _contract_fields(
     }
 
 
-def _attach_checkpoint(lane: Lane, method: Method, common: _Common) -> None:
-    """Give a lane its checkpoint folder, named by everything its codes depend on, this package's code included."""
+def _folder(common: _Common, cell: _Cell) -> Path:
+    """Checkpoint folder of a cell, named by everything its codes depend on, this package's code included."""
     config = common.config
-    key = provenance.sha256_json(
+    key = _checkpoint_key(common, cell)
+    return (
+        Path(config.resume or config.output) / "checkpoints" / f"{cell.method.name}-{cell.scheme}-{key[:12]}"
+    )
+
+
+def _checkpoint_key(common: _Common, cell: _Cell) -> str:
+    compute = common.config.compute
+    return provenance.sha256_json(
         {
             "contract": {k: v for k, v in common.fields.items() if k != "evaluation"},
-            "method": method.name,
-            "options": method.model_dump(mode="json"),
-            "scheme": str(lane.scheme),
-            "batch_size": config.compute.batch_size,
-            "micro_batch": config.compute.micro_batch,
+            "method": cell.method.name,
+            "options": cell.options,
+            "scheme": str(cell.scheme),
+            "batch_size": compute.batch_size,
+            "micro_batch": compute.micro_batch,
             "device": common.settings.device.type,
             "code": provenance.code_fingerprint(),
         }
     )
-    folder = Path(config.resume or config.output) / "checkpoints" / f"{method.name}-{lane.scheme}-{key[:12]}"
-    lane.checkpoint = Checkpoint(folder, key, config.restart)
+
+
+def _checkpoint(common: _Common, cell: _Cell) -> Checkpoint:
+    return Checkpoint(_folder(common, cell), _checkpoint_key(common, cell), common.config.restart)
+
+
+def _has_blocks(common: _Common, cell: _Cell) -> bool:
+    folder = _folder(common, cell)
+    return folder.is_dir() and len(Checkpoint(folder, _checkpoint_key(common, cell))) > 0
 
 
 def _evaluate(common: _Common, label: str) -> dict[str, Metric]:
@@ -287,8 +512,11 @@ def _evaluate(common: _Common, label: str) -> dict[str, Metric]:
 
 def _baseline(common: _Common) -> Result:
     """Row of the full-precision model; its measurements are cached by content."""
+    scheme = Scheme(16, 16)
+    row = common.store.find(_row_id(common, BASELINE, scheme, {}, trained=False))
+    if row is not None and not common.config.restart and _same_code(row):
+        return row
     cache = baseline_cache(common.store.folder, common.fields, common.settings.device)
-    notes: list[str] = []
     started = time.perf_counter()
     common.listener.stage("evaluate", BASELINE)
     metrics = {} if common.config.restart else cached_metrics(cache)
@@ -298,12 +526,13 @@ def _baseline(common: _Common) -> Result:
     cost = Cost(
         seconds=0.0, peak_cpu_bytes=peak_cpu_bytes(), stages={"evaluate": time.perf_counter() - started}
     )
-    return _record(common, BASELINE, Scheme(16, 16), {}, metrics, 16.0, cost, notes, None)
+    request = common.config.model_copy(update={"methods": [], "schemes": [], "seeds": 1})
+    return _record(common, request, BASELINE, scheme, {}, metrics, 16.0, cost, [], None)
 
 
-def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) -> Result:
+def _measure(common: _Common, lane: Lane, cell: _Cell, result: LaneResult) -> Result:
     """Evaluate one finished lane and record its row."""
-    loaded, settings = common.loaded, common.settings
+    loaded, settings, method = common.loaded, common.settings, cell.method
     common.listener.stage("evaluate", lane.name)
     started = time.perf_counter()
     with quantized(loaded.model, loaded.blocks, loaded.spec, result, settings):
@@ -316,8 +545,6 @@ def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) ->
         notes.append(f"blocks fitted with {arithmetic} products")
     extra_bits = sum(t.stored_bits for block in result.transforms for t in block)
     n_weights = loaded.spec.n_weights * len(result)
-    if common.config.save_dir is not None:
-        notes.append(save_plain(loaded, result, Path(common.config.save_dir), method.name))
     cost = Cost(
         seconds=result.seconds,
         peak_gpu_bytes=result.peak_gpu_bytes,
@@ -325,12 +552,29 @@ def _measure(common: _Common, lane: Lane, method: Method, result: LaneResult) ->
         stages={"quantize": result.seconds, "evaluate": evaluated},
     )
     bits = (result.weight_bits + extra_bits) / n_weights
-    options = method.model_dump(mode="json")
-    return _record(common, method.name, lane.scheme, options, metrics, bits, cost, notes, result)
+    request = common.config.alone(cell.request, str(cell.scheme))
+    return _record(
+        common, request, method.name, lane.scheme, cell.options, metrics, bits, cost, notes, result
+    )
+
+
+def _row_id(common: _Common, method: str, scheme: Scheme, options: Mapping[str, Any], trained: bool) -> str:
+    """Hash of what a row means."""
+    identity = {
+        "contract": common.contract,
+        "method": method,
+        "options": dict(options),
+        "scheme": str(scheme),
+        # Nothing of the full-precision row depends on these: with several seeds it is still one record.
+        "batch_size": common.config.compute.batch_size if trained else None,
+        "calibration": provenance.calibration_fingerprint(common.fields) if trained else None,
+    }
+    return provenance.sha256_json(identity)
 
 
 def _record(
     common: _Common,
+    request: RunConfig,
     method: str,
     scheme: Scheme,
     options: Mapping[str, Any],
@@ -340,18 +584,8 @@ def _record(
     notes: list[str],
     result: LaneResult | None,
 ) -> Result:
-    compute = common.config.compute
-    identity = {
-        "contract": common.contract,
-        "method": method,
-        "options": dict(options),
-        "scheme": str(scheme),
-        # Nothing of the full-precision row depends on these: with several seeds it is still one record.
-        "batch_size": compute.batch_size if result is not None else None,
-        "calibration": provenance.calibration_fingerprint(common.fields) if result is not None else None,
-    }
     row = Result(
-        id=provenance.sha256_json(identity),
+        id=_row_id(common, method, scheme, options, trained=result is not None),
         model=common.config.model,
         model_fingerprint=common.fields["model"],
         revision=common.config.revision,
@@ -366,9 +600,13 @@ def _record(
         notes=list(dict.fromkeys(notes)),
         transforms=result.transforms[0] if result is not None and result.transforms else [],
         blocks=result.records if result is not None else [],
-        config=common.config.model_dump(mode="json"),
+        config=request.model_dump(mode="json", exclude=PLACES),  # where files lie changes no number
         provenance=provenance.environment(),
         calibration=common.fields["calibration"],
+        codes=result.codes if result is not None else None,
+        checkpoint=None
+        if result is None or result.lane.checkpoint is None
+        else result.lane.checkpoint.folder.name,
     )
     common.store.save(row)
     return row

@@ -25,6 +25,8 @@ from qbench.config import RunConfig
 from qbench.engine.progress import Listener
 from qbench.engine.state import BlockState
 from qbench.errors import ConfigError, DataError, NumericalError, UnsupportedSchemeError
+from qbench.failures import FailureStore
+from qbench.locking import Lock
 from qbench.methods.rtn import RTN
 from qbench.models.loading import load_model
 from qbench.results import Result, ResultStore
@@ -91,6 +93,7 @@ class Watcher(Listener):
         self.started: list[tuple[str, int, bool]] = []
         self.evaluated: list[tuple[str, int, int]] = []
         self.rows: list[Result] = []
+        self.settled: list[tuple[str, str]] = []
         self.stop = stop
 
     def stage(self, name: str, detail: str = "") -> None:
@@ -106,6 +109,9 @@ class Watcher(Listener):
 
     def row(self, result: Result) -> None:
         self.rows.append(result)
+
+    def cell(self, label: str, outcome: str, detail: str = "") -> None:
+        self.settled.append((label, outcome))
 
 
 # --------------------------------------------------------------------------------------- rows
@@ -350,10 +356,19 @@ def test_the_same_request_again_computes_no_block_twice(here) -> None:
     first = here.run(methods=TRAINED[3:])
     watcher = Watcher()
     second = here.run(watcher, methods=TRAINED[3:])
+    assert watcher.started == [] and second == first == watcher.rows
+    assert watcher.settled == [("affinequant W3A16", "stored")]
+    for (
+        record
+    ) in here.records():  # the blocks are there, the rows are not: nothing but the evaluation is done again
+        record.unlink()
+    watcher = Watcher()
+    third = here.run(watcher, methods=TRAINED[3:])
     assert watcher.started == [("affinequant W3A16", i, True) for i in range(2)]
-    assert [row.metrics for row in second] == [row.metrics for row in first]
-    assert [block.losses for block in second[1].blocks] == [block.losses for block in first[1].blocks]
-    assert second[1].bits_per_weight == first[1].bits_per_weight
+    assert "capture" not in watcher.stages and watcher.settled == [("affinequant W3A16", "done")]
+    assert [row.metrics for row in third] == [row.metrics for row in first]
+    assert third[1].blocks == first[1].blocks and third[1].codes == first[1].codes
+    assert third[1].bits_per_weight == first[1].bits_per_weight
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(here) -> None:
@@ -415,6 +430,140 @@ def test_the_same_blocks_serve_another_evaluation(here) -> None:
     watcher = Watcher()
     here.run(watcher, evals={"datasets": [f"own={here.evaluation}"], "limit": 2})
     assert [resumed for *_, resumed in watcher.started] == [True, True]
+
+
+# ------------------------------------------------------------------- rows as lanes of one pass
+
+
+def test_two_lanes_of_one_method_have_names_and_rows_of_their_own(here) -> None:
+    methods = [{"name": "omniquant", "options": {"epochs": n}} for n in (1, 2)] + ["rtn"]
+    watcher = Watcher()
+    rows = here.run(watcher, methods=methods)
+    assert [label for label, *_ in watcher.started[:3]] == [
+        "omniquant W3A16 epochs=1",
+        "omniquant W3A16 epochs=2",
+        "rtn W3A16",
+    ]
+    assert [len(row.blocks[0].losses) for row in rows[1:]] == [1, 2, 0]
+    assert len({row.codes for row in rows[1:]}) == len({row.id for row in rows}) - 1 == 3
+
+
+def test_a_row_of_a_run_is_the_row_of_that_method_alone(here) -> None:
+    together = here.run(methods=TRAINED, schemes=["W4A4", "W3A16"])
+    for row in together[1:]:
+        method = next(m for m in TRAINED if (m if isinstance(m, str) else m["name"]) == row.method)
+        alone = here.run(methods=[method], schemes=[row.scheme], output=str(here.folder / "alone"))[1]
+        times = {"created", "cost", "blocks"}
+        assert alone.model_dump(exclude=times) == row.model_dump(exclude=times)
+        assert [b.losses for b in alone.blocks] == [b.losses for b in row.blocks]
+
+
+def test_only_what_is_missing_is_computed(here) -> None:
+    first = here.run(methods=TRAINED[:2])
+    watcher = Watcher()
+    rows = here.run(watcher, methods=TRAINED)
+    assert [row.method for row in rows[1:]] == ["rtn", "smoothquant", "omniquant", "affinequant"]
+    assert rows[:3] == first
+    assert {label for label, *_ in watcher.started} == {"omniquant W3A16", "affinequant W3A16"}
+    assert dict(watcher.settled) == {
+        "rtn W3A16": "stored",
+        "smoothquant W3A16": "stored",
+        "omniquant W3A16": "done",
+        "affinequant W3A16": "done",
+    }
+
+
+def test_a_row_of_other_code_is_made_again(here, monkeypatch) -> None:
+    before = here.run()
+    monkeypatch.setattr(runner_module.provenance, "code_fingerprint", lambda: "changed")
+    watcher = Watcher()
+    after = here.run(watcher)
+    assert [resumed for *_, resumed in watcher.started] == [False, False]
+    assert after[1].id == before[1].id and after[1].provenance["code"] == "changed"
+
+
+def test_seeds_repeat_the_quantization_and_load_the_model_once(here, scored) -> None:
+    watcher = Watcher()
+    rows = here.run(watcher, methods=TRAINED[2:3], seeds=3)
+    quantized = [row for row in rows if row.method == "omniquant"]
+    assert [row.calibration["seed"] for row in quantized] == [2, 3, 4]
+    assert (
+        len(rows) == 4
+        and len({row.codes for row in quantized}) == 3
+        and len({row.contract for row in rows}) == 1
+    )
+    assert watcher.stages.count("load") == 1 and scored.count("full-precision") == 1
+    seeded = here.request()["calibration"] | {"seed": 3}
+    alone = here.run(methods=TRAINED[2:3], calibration=seeded, output=str(here.folder / "alone"))
+    assert alone[1].id == quantized[1].id and alone[1].codes == quantized[1].codes
+    assert alone[1].config == quantized[1].config
+
+
+def test_a_failure_is_recorded_and_goes_away_when_its_row_succeeds(here) -> None:
+    bad = {"name": "omniquant", "options": {"epochs": 2, "let_lr": 1e30}}
+    watcher = Watcher()
+    with pytest.raises(NumericalError):
+        here.run(watcher, methods=["rtn", bad], schemes=["W4A4"])
+    (failure,) = FailureStore(here.output).load_all()
+    assert (failure.method, failure.scheme, failure.kind) == ("omniquant", "W4A4", "NumericalError")
+    assert "The loss became" in failure.error and failure.code
+    assert ("omniquant W4A4", "failed") in watcher.settled and ("rtn W4A4", "done") in watcher.settled
+    again = RunConfig.model_validate(failure.config)
+    assert again.hash() == failure.key and again.methods[0].options == bad["options"]
+    original = runner_module.reconstruct
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:  # as if the cause had been removed
+
+        def healed(model, blocks, spec, lanes, *rest):
+            for lane in lanes:
+                lane.planner = lane.planner.model_copy(update={"let_lr": 1e-3})
+            return original(model, blocks, spec, lanes, *rest)
+
+        patch.setattr(runner_module, "reconstruct", healed)
+        here.run(methods=["rtn", bad], schemes=["W4A4"])
+    assert FailureStore(here.output).load_all() == []
+
+
+def test_rows_that_memory_has_no_room_for_take_another_pass(here, monkeypatch) -> None:
+    expected = here.run(methods=TRAINED, output=str(here.folder / "together"))
+    array = 4 * 3 * SEQ_LEN * 32  # float32, windows, tokens, hidden
+    room = SimpleNamespace(available=2 * (runner_module.SHARED_ARRAYS + 2) * array + 1)
+    monkeypatch.setattr(runner_module.psutil, "virtual_memory", lambda: room)
+    lanes = []
+    original = runner_module.reconstruct
+    monkeypatch.setattr(
+        runner_module, "reconstruct", lambda *a: lanes.append([lane.name for lane in a[3]]) or original(*a)
+    )
+    compute = {"hidden_states": "auto"}
+    monkeypatch.setattr("qbench.engine.reconstruct.choose_placement", lambda *a: "cpu")
+    rows = here.run(methods=TRAINED, compute=compute)
+    assert lanes == [["rtn W3A16", "smoothquant W3A16"], ["omniquant W3A16", "affinequant W3A16"]]
+    assert [row.codes for row in rows] == [row.codes for row in expected]
+
+
+def test_a_row_that_another_process_computes_is_waited_for(here, monkeypatch) -> None:
+    """The other one finishes its row while this run looks elsewhere; it must not be computed twice."""
+    other = here.run(methods=TRAINED[2:3], output=str(here.folder / "other"))
+    theirs = ResultStore(here.output)
+    monkeypatch.setattr(runner_module, "POLL_S", 0.0)
+    tries = []
+
+    class Contended(Lock):
+        def acquire(self) -> bool:
+            if "omniquant" not in str(self.path):
+                return super().acquire()
+            tries.append(self.path)
+            if len(tries) < 3:
+                return False
+            theirs.save(other[1])
+            return super().acquire()
+
+    monkeypatch.setattr(runner_module, "Lock", Contended)
+    watcher = Watcher()
+    rows = here.run(watcher, methods=TRAINED[:3])
+    assert len(tries) == 3 and {label for label, *_ in watcher.started} == {"rtn W3A16", "smoothquant W3A16"}
+    assert rows[3] == other[1] and [row.method for row in rows[1:]] == ["rtn", "smoothquant", "omniquant"]
+    assert not list(here.output.rglob("lock"))
 
 
 # ------------------------------------------------------------------------------- other behaviour
@@ -672,6 +821,8 @@ def test_a_damaged_model_folder_is_refused(here, refused, damage) -> None:
 @pytest.mark.parametrize("part", ["block", "manifest", "missing block"])
 def test_a_corrupted_checkpoint_is_refused_and_restart_helps(here, refused, part) -> None:
     here.run()
+    for record in here.records():
+        record.unlink()
     (folder,) = (here.output / "checkpoints").iterdir()
     block, manifest = folder / "block-0001.safetensors", folder / "manifest.json"
     if part == "block":

@@ -22,6 +22,7 @@ COMMANDS = Registry(
     {
         "run": "qbench.cli.run:run",
         "compare": "qbench.cli.compare:compare",
+        "export": "qbench.cli.export:export",
         "methods": "qbench.cli.catalogue:methods",
         "models": "qbench.cli.catalogue:models",
         "check": "qbench.cli.catalogue:check",
@@ -30,6 +31,7 @@ COMMANDS = Registry(
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
     "compare": "Compare the results in one or more folders.",
+    "export": "Write a row as a model folder for other programs, certified.",
     "methods": "List the methods, or the options of one.",
     "models": "List the supported architectures and the embedded models.",
     "check": "Test that a method keeps the rules every method must keep.",

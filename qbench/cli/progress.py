@@ -123,6 +123,11 @@ def describe_block(record: BlockRecord) -> str:
     return "  ".join([*parts, format_seconds(record.seconds) if record.seconds > 0 else "0s"])
 
 
+def describe_outcome(label: str, outcome: str) -> str | None:
+    """What became of a row, in one line; None where its own line says it."""
+    return {"stored": f"stored earlier: {label}", "failed": f"failed: {label}"}.get(outcome)
+
+
 def describe_row(result: Result) -> str:
     """A finished row in one line."""
     values = [f"{' '.join(split_metric(key))} {format_value(m.value)}" for key, m in result.metrics.items()]
@@ -209,6 +214,11 @@ class PlainProgress(_Watching):
     @override
     def row(self, result: Result) -> None:
         self._line(describe_row(result))
+
+    @override
+    def cell(self, label: str, outcome: str, detail: str = "") -> None:
+        if text := describe_outcome(label, outcome):
+            self._line(text)
 
 
 class _Now:
@@ -322,3 +332,8 @@ class LiveProgress(_Watching):
     @override
     def row(self, result: Result) -> None:
         self._say(describe_row(result), "green")
+
+    @override
+    def cell(self, label: str, outcome: str, detail: str = "") -> None:
+        if text := describe_outcome(label, outcome):
+            self._say(text, "red" if outcome == "failed" else "")

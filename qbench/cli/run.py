@@ -34,6 +34,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--nsamples --n-samples", "calibration.n_samples"),
         ("--seqlen --seq-len", "calibration.seq_len"),
         ("--seed", "calibration.seed"),
+        ("--seeds", "seeds"),
     ],
     "Evaluation": [
         ("--eval", "evals.datasets"),
@@ -52,6 +53,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
     "Output": [
         ("--output -o --output-dir", "output"),
         ("--save-dir", "save_dir"),
+        ("--export", "export"),
         ("--resume", "resume"),
         ("--restart", "restart"),
     ],
@@ -108,7 +110,7 @@ def _help(path: str) -> str:
     """A field's description, with its default if that says something the description does not."""
     field = _field(path)
     default = field.get_default(call_default_factory=True)
-    if default is None or default is False or "Default:" in (field.description or ""):
+    if default in (None, False, []) or "Default:" in (field.description or ""):
         return field.description or ""
     shown = [getattr(item, "name", item) for item in default] if isinstance(default, list) else [default]
     return f"{field.description} Default: {', '.join(map(str, shown))}."
@@ -126,7 +128,11 @@ def _config_option(section: str, flags: str, path: str) -> _Option:
     elif get_origin(kinds[0]) is Literal:
         attributes["type"] = click.Choice(get_args(kinds[0]))
     elif get_origin(kinds[0]) is list:
-        attributes |= {"multiple": True, "metavar": "NAME|PATH|NAME=PATH"}
+        (item,) = get_args(kinds[0])
+        if get_origin(item) is Literal:
+            attributes |= {"multiple": True, "type": click.Choice(get_args(item))}
+        else:
+            attributes |= {"multiple": True, "metavar": "NAME|PATH|NAME=PATH"}
     return _Option(section, [*flags.split(), path.replace(".", "__")], **attributes)
 
 

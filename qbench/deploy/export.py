@@ -139,7 +139,7 @@ def export(
     format_ = format_.settle(scheme, _weights(result))
     tried, left = runtimes_at_hand(format_, request.runtimes)
     target = request.folder / folder_name(loaded.name, label, scheme)
-    require_replaceable(target)
+    require_replaceable(target, row.id)
     computed = scheme_in(format_, scheme)
     expected = reference(loaded, result, settings, probe, computed)
     with appearing(target) as draft:

@@ -64,13 +64,19 @@ def appearing(target: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def require_replaceable(target: Path) -> None:
-    """Refuse to write over anything but an earlier export.
+def require_replaceable(target: Path, row_id: str | None = None) -> None:
+    """Refuse to write over anything but an earlier export, and of the same row if one is given.
 
     Raises:
         ConfigError: Names the folder.
     """
     require_writable(target.parent, "the export's folder")
+    if row_id is not None and (target / RECORD).exists():
+        held = json.loads((target / RECORD).read_text())["qbench"]["id"]
+        if held != row_id:
+            raise ConfigError(
+                f"{str(target)!r} holds the export of another row ({held[:12]}). Choose another folder, or remove it."
+            )
     if (
         target.exists()
         and not (target / RECORD).exists()

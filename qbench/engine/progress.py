@@ -33,3 +33,6 @@ class Listener:
 
     def row(self, result: Result) -> None:
         """A finished row."""
+
+    def cell(self, label: str, outcome: str, detail: str = "") -> None:
+        """A row that was asked for is settled: `done`, `stored` (by an earlier run) or `failed` with its error."""

@@ -8,6 +8,7 @@ really give. Only one block is on the device at a time.
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from qbench.engine.prepare import PreparedBlock, block_tensors
 from qbench.engine.progress import Listener
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
-from qbench.errors import NumericalError
+from qbench.errors import DataError, NumericalError, QbenchError
 from qbench.models.base import BlockSpec
 from qbench.quant import uniform
 from qbench.quant.grid import Grid
@@ -68,6 +69,10 @@ class Lane:
     scheme: Scheme
     checkpoint: Checkpoint | None = None
 
+    def has_block(self, index: int) -> bool:
+        """Whether this block is in the checkpoint."""
+        return self.checkpoint is not None and index < len(self.checkpoint)
+
 
 class LaneResult:
     """Finished blocks of one lane, read from the checkpoint or from memory."""
@@ -81,7 +86,8 @@ class LaneResult:
         self.records: list[BlockRecord] = []
         self.transforms: list[list[TransformRecord]] = []
         self.weight_bits = 0
-        self.error: NumericalError | None = None
+        self.error: QbenchError | None = None
+        self._digest = hashlib.sha256()
 
     @property
     def notes(self) -> list[str]:
@@ -94,10 +100,17 @@ class LaneResult:
         self.records.append(state.record)
         self.transforms.append(state.transforms)
         self.weight_bits += state.weight_bits
+        self.seconds += state.record.seconds
+        state.update_digest(self._digest)
         if self.lane.checkpoint is None:
             self._kept.append(state)
         elif fresh:
             self.lane.checkpoint.save(index, state)
+
+    @property
+    def codes(self) -> str:
+        """Hash of the integers of all blocks so far."""
+        return self._digest.hexdigest()
 
     def state(self, index: int) -> BlockState:
         """Block `index`."""
@@ -234,13 +247,22 @@ def reconstruct(
         NumericalError: If the full-precision model itself gives values that are not finite.
     """
     listener = listener or Listener()
-    listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
-    stream = _Stream(model, blocks, ids, settings, len(lanes))
+    results = [LaneResult(lane) for lane in lanes]
+    # A lane whose blocks are all finished is read, not run: nobody needs its activations.
+    finished = [lane.has_block(len(blocks) - 1) for lane in lanes]
+    if not all(finished):
+        listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
+        stream = _Stream(model, blocks, ids, settings, finished.count(False))
     listener.stage("quantize")
     listener.blocks(len(blocks), [lane.name for lane in lanes])
-    results = [LaneResult(lane) for lane in lanes]
+    for result in (result for result, done in zip(results, finished, strict=True) if done):
+        _read(result, len(blocks), listener)
+    if all(finished):
+        return results
     q_inputs = [stream.inputs] * len(lanes)  # never written to: each block's outputs are a new array
-    needs_stats = any(lane.planner.needs.activation_stats for lane in lanes)
+    needs_stats = any(
+        lane.planner.needs.activation_stats for lane, done in zip(lanes, finished, strict=True) if not done
+    )
 
     for index, module in enumerate(blocks):
         prepared = PreparedBlock(module, spec).to(settings.device, torch.float32)
@@ -254,9 +276,9 @@ def reconstruct(
                 observer.stats.clear()
                 fp_outputs = stream.forward(prepared, stream.inputs)
         for i, lane in enumerate(lanes):
-            if results[i].error is not None:
+            if finished[i] or results[i].error is not None:
                 continue
-            done = lane.checkpoint is not None and index < len(lane.checkpoint)
+            done = lane.has_block(index)
             listener.block_start(lane.name, index, done)
             started = time.perf_counter()
             if settings.device.type == "cuda":
@@ -266,8 +288,8 @@ def reconstruct(
             )
             try:
                 state, outputs = work.replay(stream) if done else work.compute(stream, listener)
-            except NumericalError as error:  # this lane ends here, the others go on
-                results[i].error = NumericalError(f"{lane.name}, block {index}: {error}")
+            except (NumericalError, DataError) as error:  # this lane ends here, the others go on
+                results[i].error = type(error)(f"{lane.name}, block {index}: {error}")
                 listener.note(str(results[i].error))
                 continue
             if not done:
@@ -276,7 +298,6 @@ def reconstruct(
                 state.record = _with_errors(state.record, used, prepared, outputs, fp_outputs, started)
             q_inputs[i] = outputs
             results[i].add(index, state, fresh=not done)
-            results[i].seconds += results[i].records[-1].seconds
             if settings.device.type == "cuda":
                 peak = torch.cuda.max_memory_allocated(settings.device)
                 results[i].peak_gpu_bytes = max(peak, results[i].peak_gpu_bytes or 0)
@@ -284,6 +305,20 @@ def reconstruct(
         stream.inputs = fp_outputs
         prepared = base = observer = work = None  # type: ignore[assignment]  # before the next block is prepared
     return results
+
+
+def _read(result: LaneResult, n_blocks: int, listener: Listener) -> None:
+    """Take all blocks of a lane from its checkpoint."""
+    checkpoint = result.lane.checkpoint
+    assert checkpoint is not None
+    for index in range(n_blocks):
+        listener.block_start(result.lane.name, index, True)
+        try:
+            result.add(index, checkpoint.load(index), fresh=False)
+        except DataError as error:
+            result.error = error
+            return
+        listener.block_end(result.lane.name, result.records[-1])
 
 
 @dataclass

@@ -61,6 +61,19 @@ class BlockState:
         biases = [bias for role in self.new_biases if (bias := self.rest.bias[role]) is not None]
         return weights + 16 * sum(bias.numel() for bias in biases)
 
+    def update_digest(self, digest: Any) -> None:
+        """Feed the integers, scales and zero points, by role, to a hash."""
+        for role in sorted(self.linears):
+            linear = self.linears[role]
+            parts = (
+                (linear.codes, linear.scale, linear.zero_point)
+                if isinstance(linear, QuantizedWeight)
+                else (linear,)
+            )
+            digest.update(role.encode())
+            for part in parts:
+                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
         flat: dict[str, Tensor] = {}

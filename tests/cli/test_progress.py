@@ -47,18 +47,28 @@ def play(listener: Listener, clock: Clock, blocks: int = 2) -> None:
         listener.evaluating("affinequant W4A4", done, 16)
     listener.note("attention logits overflow float16")
     listener.row(make_result("affinequant"))
+    for outcome in ("done", "stored", "failed"):
+        listener.cell("affinequant W4A4", outcome)
 
 
 def test_every_event_of_the_listener_is_shown() -> None:
     events = {
         name for name, _ in inspect.getmembers(Listener, inspect.isfunction) if not name.startswith("_")
     }
-    assert events == {"stage", "blocks", "block_start", "epoch", "block_end", "evaluating", "note", "row"}
+    blocks = {"blocks", "block_start", "epoch", "block_end"}
+    assert events == blocks | {"stage", "evaluating", "note", "row", "cell"}
     for shown in (PlainProgress, LiveProgress):
         for name in events:
             ours, theirs = getattr(shown, name), getattr(Listener, name)
             assert ours is not theirs, f"{shown.__name__}.{name}"
             assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+
+
+def test_what_became_of_a_row_is_said_unless_the_row_says_it() -> None:
+    clock, stream = Clock(), io.StringIO()
+    play(PlainProgress(stream, clock), clock)
+    said = [line[9:] for line in stream.getvalue().splitlines()[-2:]]
+    assert said == ["stored earlier: affinequant W4A4", "failed: affinequant W4A4"]
 
 
 def test_plain_lines() -> None:
@@ -80,7 +90,7 @@ def test_plain_lines() -> None:
     ]
     assert lines[9] == "[  6.0s] note: attention logits overflow float16"
     assert re.fullmatch(r"\[  6\.0s\] done: affinequant W4A4  wikitext2 perplexity \d+\.\d\d", lines[10])
-    assert len(lines) == 11
+    assert len(lines) == 13
 
 
 def test_a_long_evaluation_does_not_flood_a_log() -> None:

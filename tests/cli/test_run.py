@@ -136,6 +136,7 @@ def test_several_schemes_and_methods_keep_their_order(configured) -> None:
         ("--scheme W4B4", "Cannot read scheme 'W4B4'"),
         ("--method afinequant", "Unknown method 'afinequant'. Did you mean 'affinequant'"),
         ("--nsamples 0", "calibration.n_samples=0"),
+        ("--seeds 0", "seeds=0"),
         ("--device gpu", "compute.device='gpu'"),
         ("--resume x --restart", "resume and restart contradict"),
         ("--config absent.yaml", "absent.yaml"),
@@ -178,6 +179,11 @@ def test_options_not_given_are_left_to_the_presets(configured) -> None:
         {},
         {},
     ]
+
+
+def test_seeds(configured) -> None:
+    config = configured("--seeds 3 --seed 7")
+    assert (config.seeds, config.calibration.seed) == (3, 7) and configured().seeds == 1
 
 
 def test_set_for_one_method_and_for_all(configured) -> None:
