@@ -114,8 +114,9 @@ def write_model(
         loaded.model.generation_config.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     shards = _Shards(folder, max_shard_bytes)
-    for name, tensor in unquantized(loaded).items():
-        shards.add(name, _narrowest(tensor, format_))
+    # AutoGPTQ leaves both of two tied tensors at zero if one is missing
+    for name, tensor in unquantized(loaded, every=format_.name == "gptq").items():
+        shards.add(name, _narrowest(tensor, format_).clone())
     for i, tensors in enumerate(states):
         prefix = f"{loaded.architecture.blocks}.{i}"
         for role, linear in result.state(i).linears.items():
@@ -160,8 +161,8 @@ def _configuration(
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
-def unquantized(loaded: LoadedModel) -> dict[str, Tensor]:
-    """Everything outside the blocks' linears and norms; of tied tensors the first."""
+def unquantized(loaded: LoadedModel, every: bool = False) -> dict[str, Tensor]:
+    """Everything outside the blocks' linears and norms; of tied tensors the first, or every one."""
     blocks = loaded.architecture.blocks
     replaced = tuple(
         f"{blocks}.{i}.{path}."
@@ -171,7 +172,7 @@ def unquantized(loaded: LoadedModel) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in loaded.model.state_dict().items():
-        if name.startswith(replaced) or tensor.data_ptr() in seen:
+        if name.startswith(replaced) or (tensor.data_ptr() in seen and not every):
             continue
         seen.add(tensor.data_ptr())
         found[name] = tensor
