@@ -9,8 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qbench.deploy.backends import BACKENDS
+from qbench.deploy.backends.layer import build
 from qbench.quant import fake
 from qbench.quant.grid import Grid
+from qbench.quant.uniform import extremes, round_to_nearest
+from qbench.scheme import Scheme
 from qbench.transforms.maps import Blocks, WarmInverse, inverse
 
 pytest.importorskip("pytest_benchmark")
@@ -66,3 +70,23 @@ def test_apply_rows(benchmark, groups: int) -> None:
     matrix = torch.eye(width).expand(groups, -1, -1) + 0.01
     blocks = Blocks.of(matrix)
     benchmark(blocks.apply_rows, _weight())
+
+
+KERNELS = {
+    "floor: bfloat16": None, "W4A16g128": "W4A16g128", "W3A16g128 in 4 bits": "W3A16g128", "W8A16": "W8A16",
+    "W8A8": "W8A8", "W4A4 in int8": "W4A4",
+}  # fmt: skip
+
+
+@pytest.mark.benchmark(group="a packed linear of 1024×1024, one token (qbench bench has the protocol)")
+@pytest.mark.parametrize("name", KERNELS)
+def test_packed_linear(benchmark, name: str) -> None:
+    scheme = Scheme.parse(KERNELS[name] or "W8A16")
+    grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size)
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    if KERNELS[name] is None:
+        benchmark(torch.nn.functional.linear, x, weight.bfloat16())
+        return
+    packed = round_to_nearest(weight, *extremes(weight, grid), grid)
+    benchmark(build(BACKENDS.load("torch")(), packed, scheme.abits), x)

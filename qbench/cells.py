@@ -191,7 +191,7 @@ def read_sweep(path: str | Path | None, overrides: Mapping[str, Any] | None = No
 
     Args:
         path: YAML file; None begins with nothing.
-        overrides: Laid over the file as it is over its includes: mappings are merged, anything else is replaced.
+        overrides: Laid over the file: mappings are merged, anything else is replaced.
 
     Raises:
         ConfigError: Every problem of the resulting configuration in one sentence, or an unreadable file.
@@ -201,7 +201,7 @@ def read_sweep(path: str | Path | None, overrides: Mapping[str, Any] | None = No
         if "models" in overrides:
             for key in ("model", "revision", "trust_remote_code"):
                 content.pop(key, None)
-        content = _merged(content, overrides)
+        content = _merged({k: v for k, v in content.items() if k != "cells" or k not in overrides}, overrides)
     return validated(SweepConfig, content, "the sweep" if path is None else f"sweep {str(path)!r}")
 
 

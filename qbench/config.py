@@ -63,6 +63,24 @@ class EvalConfig(_Section):
         description="Tokens per evaluation window. Default: as for calibration; embedded models their limit.",
     )
     limit: int | None = Field(None, ge=1, description="Score only the first windows of each dataset.")
+    tasks: list[Name] = Field(
+        [],
+        description="Zero-shot tasks: names of lm-eval's, paper6 (the published six), mmlu, stdlib (needs no files), "
+        "or local files as NAME=PATH; repeatable, or joined by commas.",
+    )
+    limit_items: int | None = Field(None, ge=1, description="Score only the first items of each task.")
+    fewshot: int | None = Field(
+        None,
+        ge=0,
+        description="Worked examples in each task's prompts. Default: what the task says, else none.",
+    )
+    word_perplexity: bool = Field(
+        False, description="Also perplexity per word, as lm-eval's wikitext task computes it."
+    )
+    fidelity: bool = Field(False, description="Also KL divergence from full precision and top-1 agreement.")
+    generate: int = Field(
+        0, ge=0, description="Also compare greedy continuations of this many tokens with full precision."
+    )
     batch_size: int = Field(
         0, ge=0, description="Windows per evaluation pass; 0: about 2k tokens on a CPU, 16k on a GPU."
     )

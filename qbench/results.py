@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -41,6 +42,7 @@ class Metric(_Record):
         n_total: Items that there would be without a limit.
         protocol: The named protocol, such as `wikitext2 (2048, non-overlapping, test)`.
         items: One number per item in the text's order: for a perplexity the window's mean loss in nats.
+        chance: What guessing gives: for a choice among four, 0.25.
     """
 
     value: float
@@ -52,6 +54,7 @@ class Metric(_Record):
     protocol: str
     items: list[float] | None = None
     items_name: str = NLL_ITEMS
+    chance: float | None = None
 
     @property
     def log_scale(self) -> bool:
@@ -96,6 +99,60 @@ class Cost(_Record):
     peak_gpu_bytes: int | None = None
     peak_cpu_bytes: int | None = None
     stages: dict[str, float] = {}
+
+
+class MemoryRecord(_Record):
+    """Bytes that the row's model takes. What is stored follows from its shapes; peaks are measured.
+
+    Attributes:
+        linear_bytes: Of the blocks' linears: codes, scales, zero points and run-time transforms.
+        embedding_bytes: Of the token embedding, as the checkpoint stores it.
+        head_bytes: Of the head; 0 where it is the embedding.
+        other_bytes: Of norms, biases and position embeddings.
+        n_linear_weights: Weights of the blocks' linears.
+        kv_cache_bytes: Keys and values of one sequence of `kv_cache_tokens`, at the row's width.
+        prompt_tokens: Of the prompt that was read to see the peaks, and `cache_bytes` what its cache held in memory.
+        peak_of: "GPU allocations", or "process": resident memory, with all that the process held before.
+        simulated: Whether the peaks are those of a simulation in floating point, not of packed weights.
+    """
+
+    linear_bytes: int
+    embedding_bytes: int
+    head_bytes: int
+    other_bytes: int
+    n_linear_weights: int
+    kv_cache_bytes: int
+    kv_cache_tokens: int
+    kv_cache_bits: int
+    prompt_tokens: int | None = None
+    cache_bytes: int | None = None
+    peak_prefill_bytes: int | None = None
+    peak_decode_bytes: int | None = None
+    peak_of: str | None = None
+    simulated: bool = False
+
+    @property
+    def model_bytes(self) -> int:
+        """All weights, as stored."""
+        return self.linear_bytes + self.embedding_bytes + self.head_bytes + self.other_bytes
+
+    @property
+    def bits_per_linear_weight(self) -> float:
+        """Stored bits per weight of the blocks' linears."""
+        return 8 * self.linear_bytes / self.n_linear_weights
+
+
+class Generation(_Record):
+    """What the full-precision model and the row's write after a prompt, each by its likeliest token.
+
+    Attributes:
+        differs_at: Place of the first token that differs; the number of tokens where none does.
+    """
+
+    prompt: str
+    reference: str
+    text: str
+    differs_at: int
 
 
 class TransformRecord(_Record):
@@ -182,6 +239,7 @@ class Result(_Record):
             transforms included; embeddings and head are not in it.
         contract: Hash of everything that is not the method (`provenance.contract`), of these `contract_fields`.
         transforms: Of the first block; the others have the same.
+        recovery: Percent of the full-precision model's score that is left, by metric; see `recovery`.
         codes: SHA-256 of all integer codes, scales and zero points, block by block; None for full precision.
         checkpoint: Name of the folder of finished blocks below `checkpoints/`.
         certificates: Of the row's exports.
@@ -207,6 +265,9 @@ class Result(_Record):
     config: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
+    recovery: dict[str, float] = {}
+    memory: MemoryRecord | None = None
+    generations: list[Generation] = []
     codes: str | None = None
     checkpoint: str | None = None
     certificates: list[Certificate] = []
@@ -233,7 +294,11 @@ class Result(_Record):
                 name: {"value": _finite(metric.value), "stderr": _finite(metric.stderr), "n": metric.n}
                 for name, metric in self.metrics.items()
             },
+            "recovery": self.recovery,
             "bits_per_weight": self.bits_per_weight,
+            "memory": self.memory.model_dump() | {"model_bytes": self.memory.model_bytes}
+            if self.memory
+            else None,
             "cost": self.cost.model_dump(include={"seconds", "peak_gpu_bytes", "peak_cpu_bytes"}),
             "contract": self.contract,
             "notes": self.notes,
@@ -271,6 +336,22 @@ class Result(_Record):
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def recovery(metrics: Mapping[str, Metric], baseline: Mapping[str, Metric]) -> dict[str, float]:
+    """Percent of the full-precision score that is left: quotient of accuracies, inverse quotient of perplexities.
+
+    Only of metrics that both were measured on, under the same protocol and with the same number of items.
+    """
+    found = {}
+    for key, metric in metrics.items():
+        base = baseline.get(key)
+        if base is None or (base.protocol, base.n) != (metric.protocol, metric.n):
+            continue
+        better, worse = (metric, base) if metric.higher_is_better else (base, metric)
+        if worse.value > 0 and math.isfinite(better.value):
+            found[key] = 100 * better.value / worse.value
+    return found
 
 
 def split_metric(key: str) -> tuple[str, str]:
@@ -374,16 +455,28 @@ class ResultStore:
             raise ConfigError(f"Several records in {str(self.folder)!r} have an id that begins with {id!r}.")
         return found[0] if found else None
 
+    @classmethod
+    def read_file(cls, path: str | Path) -> Result:
+        """The record in one file.
+
+        Raises:
+            DataError: If it cannot be read or is no record: the message names the file.
+        """
+        try:
+            return Result.from_json(Path(path).read_bytes())
+        except OSError as error:
+            raise DataError(f"Cannot read {str(path)!r}: {error.strerror}.") from None
+        except DataError as error:
+            raise DataError(f"{str(path)!r}: {error}. Delete the file or restore it.") from None
+
     def _read(self, path: Path) -> Result | None:
         try:
             data = path.read_bytes()
             if not re.search(rb'"qbench"\s*:', data) and not re.search(r"__[0-9a-f]{12}\.json$", path.name):
                 return None
-            return Result.from_json(data)
         except OSError as error:
             raise DataError(f"Cannot read {str(path)!r}: {error.strerror}.") from None
-        except DataError as error:
-            raise DataError(f"{str(path)!r}: {error}. Delete the file or restore it.") from None
+        return self.read_file(path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

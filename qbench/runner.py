@@ -27,24 +27,28 @@ from qbench.engine.progress import Listener
 from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, NumericalError, QbenchError, UnsupportedSchemeError
+from qbench.evals.memory import peak_cpu_bytes, stored_memory
 from qbench.evaluate import (
+    Progress,
+    Scores,
     Suite,
     baseline_cache,
-    cache_metrics,
-    cached_metrics,
+    cache_scores,
+    cached_scores,
     choose_device,
+    make_suite,
     model_fingerprint,
-    peak_cpu_bytes,
+    reference_folder,
     score,
-    scored_text,
+    write_references,
 )
 from qbench.exports import export_all, require_distinct
 from qbench.failures import Failure, FailureStore
 from qbench.locking import Lock
 from qbench.methods import METHODS
 from qbench.methods.base import Method
-from qbench.models.loading import EMBEDDED, LoadedModel, load_model
-from qbench.results import BASELINE, Cost, Metric, Result, ResultStore, require_writable
+from qbench.models.loading import EMBEDDED, LoadedModel, describe_model, load_model
+from qbench.results import BASELINE, Cost, Result, ResultStore, recovery, require_writable
 from qbench.scheme import Scheme
 
 EMBEDDED_SAMPLES, PUBLISHED_SAMPLES = 16, 128
@@ -161,6 +165,27 @@ def load(config: RunConfig, listener: Listener | None = None) -> LoadedModel:
     return loaded
 
 
+def describe(config: RunConfig) -> LoadedModel:
+    """What a request's model is, without its weights: description, tokenizer, limits.
+
+    Raises:
+        ConfigError: Unknown name or unsupported model type.
+        DataError: Unreadable files.
+    """
+    return describe_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+
+
+def check_texts(config: RunConfig, described: LoadedModel) -> tuple[TokenWindows, Suite]:
+    """Read and cut the texts of a request.
+
+    Raises:
+        ConfigError: A window longer than the model takes.
+        DataError: A text that is missing, unreadable or too short.
+    """
+    calibration, suite, _ = _texts(config, described)
+    return calibration, suite
+
+
 def run_pass(
     config: RunConfig,
     wanted: Sequence[Wanted],
@@ -235,6 +260,7 @@ class _Cell:
     request: MethodRequest
     method: Method
     scheme: Scheme
+    aliases: list[str] = field(default_factory=list)  # other requests that come to the same row
     held: Lock = field(init=False)
 
     @property
@@ -263,7 +289,12 @@ def _cells(wanted: Sequence[Wanted], methods: Sequence[Method], loaded: LoadedMo
         distinct = {problem.split(": ", 1)[1]: problem for problem in problems}
         raise UnsupportedSchemeError(" ".join(distinct.values()))
     # Two requests can come to the same when their presets are resolved: the first stands for both.
-    return list({(c.method.name, str(c.scheme), repr(c.options)): c for c in reversed(cells)}.values())[::-1]
+    distinct_cells: dict[str, _Cell] = {}
+    for cell in cells:
+        first = distinct_cells.setdefault(repr((cell.method.name, cell.scheme, cell.options)), cell)
+        if first is not cell:
+            first.aliases.append(cell.label)
+    return list(distinct_cells.values())
 
 
 def _stored(common: _Common, cell: _Cell) -> Result | None:
@@ -297,6 +328,8 @@ def _finish(
     FailureStore(common.config.output).clear(_key(common, cell))
     common.listener.row(row)
     common.listener.cell(cell.label, "done" if fresh else "stored")
+    for alias in cell.aliases:
+        common.listener.cell(alias, "stored")
 
 
 def _fail(common: _Common, cell: _Cell, result: PassResult, error: QbenchError) -> None:
@@ -315,7 +348,8 @@ def _fail(common: _Common, cell: _Cell, result: PassResult, error: QbenchError) 
         config=config.model_dump(mode="json", exclude=PLACES),
     )
     FailureStore(config.output).save(failure)
-    common.listener.cell(cell.label, "failed", str(error))
+    for label in (cell.label, *cell.aliases):
+        common.listener.cell(label, "failed", str(error))
 
 
 def _key(common: _Common, cell: _Cell) -> str:
@@ -391,6 +425,7 @@ def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> E
         zero_in_range=config.quantizer.zero_in_range,
         attention_granularity=_granularity(config.quantizer.attention_granularity, loaded),
         allow_fallback=compute.allow_fallback,
+        seed=config.calibration.seed,
     )
 
 
@@ -421,16 +456,13 @@ def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, Suite,
     _, target = parse_dataset(source)
     text = load_text(target, "calibration")
     windows = draw_calibration(text, loaded.tokenizer, n_samples, seq_len, calibration.seed)
-    texts = [
-        scored_text(source if spec == "auto" else spec, loaded.tokenizer, eval_seq_len, config.evals.limit)
-        for spec in config.evals.datasets
-    ]
+    suite = make_suite(config.evals, loaded.tokenizer, eval_seq_len, loaded.max_seq_len, source)
     notes = [
         f"calibrated and evaluated on the same text ({scored.name})"
-        for scored in texts
+        for scored in suite.texts
         if scored.fingerprint == text.fingerprint
     ]
-    return windows, Suite(texts, config.evals.batch_size), notes
+    return windows, suite, notes
 
 
 def _contract_fields(
@@ -499,35 +531,57 @@ def _has_blocks(common: _Common, cell: _Cell) -> bool:
     return folder.is_dir() and len(Checkpoint(folder, _checkpoint_key(common, cell))) > 0
 
 
-def _evaluate(common: _Common, label: str) -> dict[str, Metric]:
+def _evaluate(common: _Common, label: str) -> Scores:
     """Score the model as it is now."""
     return score(
         common.loaded.model,
         common.loaded.blocks,
         common.suite,
         common.settings.device,
-        lambda done, total: common.listener.evaluating(label, done, total),
+        _progress(common, label),
+        None if label == BASELINE else _references(common),
     )
+
+
+def _progress(common: _Common, label: str) -> Progress:
+    return lambda what, done, total: common.listener.evaluating(f"{label}, {what}", done, total)
+
+
+def _references(common: _Common) -> Path | None:
+    return reference_folder(common.store.folder, common.fields, common.suite, common.settings.device)
+
+
+def _baseline_cache(common: _Common) -> Path:
+    return baseline_cache(common.store.folder, common.fields, common.settings.device)
 
 
 def _baseline(common: _Common) -> Result:
     """Row of the full-precision model; its measurements are cached by content."""
-    scheme = Scheme(16, 16)
-    row = common.store.find(_row_id(common, BASELINE, scheme, {}, trained=False))
-    if row is not None and not common.config.restart and _same_code(row):
+    scheme, restart = Scheme(16, 16), common.config.restart
+    cache, references = _baseline_cache(common), _references(common)
+    loaded, device = common.loaded, common.settings.device
+    if references is not None:
+        progress = _progress(common, BASELINE)
+        write_references(loaded.model, loaded.blocks, common.suite, device, references, progress, restart)
+    row = _baseline_row(common)
+    if row is not None and not restart and _same_code(row):
         return row
-    cache = baseline_cache(common.store.folder, common.fields, common.settings.device)
     started = time.perf_counter()
     common.listener.stage("evaluate", BASELINE)
-    metrics = {} if common.config.restart else cached_metrics(cache)
-    if not metrics:
-        metrics = _evaluate(common, BASELINE)
-        cache_metrics(cache, metrics)
+    scores = None if restart else cached_scores(cache)
+    if scores is None:
+        scores = _evaluate(common, BASELINE)
+        cache_scores(cache, scores)
     cost = Cost(
         seconds=0.0, peak_cpu_bytes=peak_cpu_bytes(), stages={"evaluate": time.perf_counter() - started}
     )
     request = common.config.model_copy(update={"methods": [], "schemes": [], "seeds": 1})
-    return _record(common, request, BASELINE, scheme, {}, metrics, 16.0, cost, [], None)
+    return _record(common, request, BASELINE, scheme, {}, scores, 16.0, cost, [], None)
+
+
+def _baseline_row(common: _Common) -> Result | None:
+    """The full-precision row, once it is in the store."""
+    return common.store.find(_row_id(common, BASELINE, Scheme(16, 16), {}, trained=False))
 
 
 def _measure(common: _Common, lane: Lane, cell: _Cell, result: LaneResult) -> Result:
@@ -536,7 +590,7 @@ def _measure(common: _Common, lane: Lane, cell: _Cell, result: LaneResult) -> Re
     common.listener.stage("evaluate", lane.name)
     started = time.perf_counter()
     with quantized(loaded.model, loaded.blocks, loaded.spec, result, settings):
-        metrics = _evaluate(common, lane.name)
+        scores = _evaluate(common, lane.name)
     evaluated = time.perf_counter() - started
     notes = method.notes(lane.scheme, loaded.spec) + list(result.notes) + list(common.notes)
     trained = any(record.losses for record in result.records)
@@ -553,9 +607,7 @@ def _measure(common: _Common, lane: Lane, cell: _Cell, result: LaneResult) -> Re
     )
     bits = (result.weight_bits + extra_bits) / n_weights
     request = common.config.alone(cell.request, str(cell.scheme))
-    return _record(
-        common, request, method.name, lane.scheme, cell.options, metrics, bits, cost, notes, result
-    )
+    return _record(common, request, method.name, lane.scheme, cell.options, scores, bits, cost, notes, result)
 
 
 def _row_id(common: _Common, method: str, scheme: Scheme, options: Mapping[str, Any], trained: bool) -> str:
@@ -578,12 +630,24 @@ def _record(
     method: str,
     scheme: Scheme,
     options: Mapping[str, Any],
-    metrics: dict[str, Metric],
+    scores: Scores,
     bits: float,
     cost: Cost,
     notes: list[str],
     result: LaneResult | None,
 ) -> Result:
+    loaded = common.loaded
+    baseline = None if result is None else _baseline_row(common)
+    n_linear = loaded.spec.n_weights * len(loaded.blocks)
+    memory = stored_memory(
+        loaded.model,
+        n_linear * bits / 8,
+        n_linear,
+        cache_bits=scheme.attention_bits[1],
+        tokens=loaded.max_seq_len,
+        simulated=result is not None,
+        **scores.peaks,
+    )
     row = Result(
         id=_row_id(common, method, scheme, options, trained=result is not None),
         model=common.config.model,
@@ -592,7 +656,7 @@ def _record(
         method=method,
         scheme=str(scheme),
         options=dict(options),
-        metrics=metrics,
+        metrics=scores.metrics,
         bits_per_weight=bits,
         cost=cost,
         contract=common.contract,
@@ -603,6 +667,9 @@ def _record(
         config=request.model_dump(mode="json", exclude=PLACES),  # where files lie changes no number
         provenance=provenance.environment(),
         calibration=common.fields["calibration"],
+        recovery=recovery(scores.metrics, baseline.metrics if baseline else scores.metrics),
+        memory=memory,
+        generations=scores.generations,
         codes=result.codes if result is not None else None,
         checkpoint=None
         if result is None or result.lane.checkpoint is None

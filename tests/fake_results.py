@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qbench import provenance
 from qbench.results import BASELINE, Cost, Metric, Result
 
 CONTRACT = "3f9a1c77" + "0" * 56
@@ -56,6 +57,50 @@ def make_result(
         "contract_fields": {"calibration": {"n_samples": 64, "seq_len": 1024}, "wikitext2": "abcd"},
     }
     return Result(**(fields | changes))
+
+
+def contracted(row: Result, evaluation: dict | None = None, seed: int = 2, **fields: Any) -> Result:
+    """The row with a contract of today's form, its hash being that of its fields; `fields` change the draw."""
+    calibration = {
+        "dataset": "wikitext2",
+        "text": "t",
+        "n_samples": 64,
+        "seed": seed,
+        "tokens": f"tokens {seed}",
+    }
+    parts = {
+        "model": row.model_fingerprint,
+        "calibration": calibration | fields,
+        "evaluation": evaluation
+        if evaluation is not None
+        else {"wikitext2": {"protocol": "p", "tokens": "w"}},
+    }
+    contract, stored = provenance.contract(parts)
+    identity = [contract, row.method, row.scheme, row.options, row.model]
+    if not row.is_baseline:
+        identity.append(provenance.calibration_fingerprint(stored))
+    return row.model_copy(
+        update={
+            "id": provenance.sha256_json(identity),
+            "contract": contract,
+            "contract_fields": stored,
+            "calibration": stored["calibration"],
+        }
+    )
+
+
+def seeds(method: str, extras: list[float], **changes: Any) -> list[Result]:
+    """One row per calibration seed 0, 1, ..., each with its own extra loss."""
+    return [
+        make_result(method, extra=extra, seed=10 + i, **changes).model_copy(
+            update={
+                "id": hashlib.sha256(f"{method} {changes} {i}".encode()).hexdigest(),
+                "contract_fields": {"calibration": {"text": "t", "seed": i, "tokens": f"tokens {i}"}},
+                "calibration": {"seed": i},
+            }
+        )
+        for i, extra in enumerate(extras)
+    ]
 
 
 def baseline(**changes: Any) -> Result:

@@ -21,19 +21,25 @@ COMMANDS = Registry(
     "command",
     {
         "run": "qbench.cli.run:run",
+        "sweep": "qbench.cli.sweep:sweep",
         "compare": "qbench.cli.compare:compare",
         "export": "qbench.cli.export:export",
+        "report": "qbench.cli.report:report",
         "methods": "qbench.cli.catalogue:methods",
         "models": "qbench.cli.catalogue:models",
+        "bench": "qbench.cli.bench:bench",
         "check": "qbench.cli.catalogue:check",
     },
 )
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
+    "sweep": "Compute methods × schemes × models × seeds, resumable, in as few passes as possible.",
     "compare": "Compare the results in one or more folders.",
     "export": "Write a row as a model folder for other programs, certified.",
+    "report": "Tables and a page for papers and readers.",
     "methods": "List the methods, or the options of one.",
     "models": "List the supported architectures and the embedded models.",
+    "bench": "Time a model's linears in packed form.",
     "check": "Test that a method keeps the rules every method must keep.",
 }
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended

@@ -39,6 +39,12 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
     "Evaluation": [
         ("--eval", "evals.datasets"),
         ("--limit", "evals.limit"),
+        ("--tasks", "evals.tasks"),
+        ("--limit-items", "evals.limit_items"),
+        ("--fewshot", "evals.fewshot"),
+        ("--word-perplexity", "evals.word_perplexity"),
+        ("--fidelity", "evals.fidelity"),
+        ("--generate", "evals.generate"),
         ("--eval-batch-size", "evals.batch_size"),
     ],
     "Computation": [
@@ -315,7 +321,10 @@ def _apply(
     from qbench.methods import METHODS
 
     classes = {request.name: METHODS.load(request.name) for request in requests}
-    options = [dict(request.options) for request in requests]
+    options = [
+        {_full_name(classes[request.name], option): value for option, value in request.options.items()}
+        for request in requests
+    ]
     remarks = []
     for setting in settings:
         holders = _holders(setting, classes)
@@ -326,7 +335,7 @@ def _apply(
             )
         for request, chosen in zip(requests, options, strict=True):
             if request.name in holders:
-                chosen[setting.name] = setting.value
+                chosen[holders[request.name]] = setting.value
     finished = []
     for request, chosen in zip(requests, options, strict=True):
         chosen = (_published_form(classes[request.name]) if published else {}) | chosen
@@ -346,29 +355,54 @@ def _published_form(method: Any) -> dict[str, Any]:
     )
 
 
-def _holders(setting: _Setting, classes: dict[str, Any]) -> list[str]:
-    """Chosen methods that the setting is for.
+def _full_name(method: Any, option: str) -> str:
+    """An option as a composition's model has it, which may also be written with its part's name in front."""
+    full_name = getattr(method, "full_name", None)
+    return option if full_name is None else full_name(option)
+
+
+def _addressed(name: str, method: Any, owner: str | None) -> dict[str, str]:
+    """Option to field of what `owner.option` may mean in a chosen method, which may be composed of several."""
+    if owner in (None, name):
+        return {field: field for field in method.model_fields}
+    composed: dict[tuple[str, str], str] = getattr(method, "field_names", {})
+    return {option: field for (part, option), field in composed.items() if part == owner}
+
+
+def _holders(setting: _Setting, classes: dict[str, Any]) -> dict[str, str]:
+    """Chosen methods that the setting is for, and the field that it means there.
 
     Raises:
         ConfigError: If there is none; names the methods that have the option, or the options that the method has.
     """
     from qbench.methods import METHODS
 
-    if setting.method is not None:
-        if setting.method not in classes:
+    addressed = {name: _addressed(name, method, setting.method) for name, method in classes.items()}
+    holders = {name: options[setting.name] for name, options in addressed.items() if setting.name in options}
+    if setting.method is not None and not holders:
+        parts = dict.fromkeys(part for name in classes for part in (name, *name.split("+")))
+        if setting.method not in parts:
             raise ConfigError(
                 f"{setting.written}: {setting.method!r} is not among the chosen methods ({', '.join(classes)})."
-                + suggest(setting.method, classes)
+                + suggest(setting.method, parts)
             )
-        known = list(classes[setting.method].model_fields)
-        if setting.name not in known:
-            raise ConfigError(
-                f"Method {setting.method} has no option {setting.name!r}.{suggest(setting.name, known)} "
-                f"It has: {', '.join(known) or 'none'}."
-            )
-        return [setting.method]
-    holders = [name for name, method in classes.items() if setting.name in method.model_fields]
+        known = list(dict.fromkeys(option for options in addressed.values() for option in options))
+        raise ConfigError(
+            f"Method {setting.method} has no option {setting.name!r}.{suggest(setting.name, known)} "
+            f"It has: {', '.join(known) or 'none'}."
+        )
     if not holders:
+        prefixed = {
+            f"--set {part}.{option}=VALUE"
+            for method in classes.values()
+            for part, option in getattr(method, "field_names", {})
+            if option == setting.name
+        }
+        if prefixed:
+            raise ConfigError(
+                f"{setting.written}: several parts of {', '.join(classes)} have this option. "
+                f"Write {' or '.join(sorted(prefixed))}."
+            )
         elsewhere, every = [], set()
         for name in METHODS.names():
             try:

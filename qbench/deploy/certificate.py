@@ -140,7 +140,8 @@ def reference(
         probe: What to score.
         scheme: The lane's, with 16-bit activations where the format has none.
     """
-    model, blocks = loaded.model, loaded.blocks
+    model: Any = loaded.model
+    blocks: Any = loaded.blocks
     with quantized(model, blocks, loaded.spec, result, settings):
         row = None
         if result.lane.scheme.attention_bits != (16, 16):
@@ -233,9 +234,9 @@ def _first_stored_difference(loaded: LoadedModel, result: LaneResult, folder: Pa
                 return f"{linear_name(i, path)} (shape {tuple(found.shape)}, not {tuple(goal.shape)})"
             if not torch.equal(found, goal):
                 return f"{linear_name(i, path)} ({_where(found, goal, linear)})"
-    for name, goal in _stored_as_is(loaded, result):
-        found = stored.plain(name)
-        if found is None or not torch.equal(found.float(), goal.float()):
+    for name, tensor in _stored_as_is(loaded, result):
+        kept = stored.plain(name)
+        if kept is None or not torch.equal(kept.float(), tensor.float()):
             return name
     return None
 
@@ -269,7 +270,7 @@ class _Stored:
         self.packed = (
             PackedFolder(folder) if (folder / "config.json").exists() and _is_packed(folder) else None
         )
-        self.files = {}
+        self.files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 self.files |= {name: path for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -417,9 +418,9 @@ def check_runtime(
     if failed is None:
         failed = next(
             (
-                f"layers.{i} (outputs differ by {error:.2g})"
+                f"layers.{i} (outputs differ by {off:.2g})"
                 for i, goal in enumerate(expected.blocks)
-                if not (error := _relative(answer[f"block.{i}"], goal)) <= limits.block
+                if not (off := _relative(answer[f"block.{i}"], goal)) <= limits.block
             ),
             None,
         )

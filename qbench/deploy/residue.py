@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from qbench.engine import attention
 from qbench.engine.reconstruct import Lane, reconstruct
@@ -68,7 +67,7 @@ def rehearse(loaded: LoadedModel, lane: Lane) -> BlockState | None:
     return None if result.error is not None else result.state(0)
 
 
-def miniature(config: Any, model_class: type[nn.Module]) -> Any:
+def miniature(config: Any, model_class: Any) -> Any:
     """One random block of the same architecture: heads of 8 channels in the model's ratio of groups."""
     small = copy.deepcopy(config)
     n_kv = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -20,10 +20,14 @@ class ActivationStats:
     Attributes:
         absmax: Largest |x_j| over all tokens, [in].
         centre: (max_j + min_j)/2 per window, as a running average over windows, [in].
+        absmean: Mean of |x_j| over all tokens, [in]; None in statistics that were made without it.
+        windows: How many windows `absmean` is of.
     """
 
     absmax: Tensor
     centre: Tensor
+    absmean: Tensor | None = None
+    windows: int = 1
 
 
 class Observer:
@@ -58,9 +62,13 @@ class Observer:
     def _update(self, role: str, window: Tensor) -> None:
         low, high = torch.aminmax(window, dim=0)
         absmax, centre = torch.maximum(low.abs(), high.abs()), (high + low) / 2
+        absmean = window.abs().mean(0)
         old = self.stats.get(role)
         if old is None:
-            self.stats[role] = ActivationStats(absmax, centre)
+            self.stats[role] = ActivationStats(absmax, centre, absmean)
         else:
+            assert old.absmean is not None
+            old.windows += 1
+            old.absmean = old.absmean + (absmean - old.absmean) / old.windows
             old.absmax = torch.maximum(old.absmax, absmax)
             old.centre = CENTRE_MOMENTUM * old.centre + (1 - CENTRE_MOMENTUM) * centre

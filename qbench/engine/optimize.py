@@ -1,4 +1,4 @@
-"""Learn a plan's parameters on one block: AdamW on the block's reconstruction error.
+"""Learn a plan's transforms and clipping on one block: AdamW on the block's reconstruction error.
 
 OmniQuant §3.1 and AffineQuant §3.4; reference bytedance/AffineQuant@0f3ba93, quantize/affinequant.py:240-330. The
 windows keep their order, the rates are constant, weight decay is 0. Transforms and weight quantization run once
@@ -19,7 +19,7 @@ from torch import Tensor
 from qbench.engine.attention import Maps
 from qbench.engine.graph import capture_step
 from qbench.engine.hidden import HiddenStates
-from qbench.engine.plan import BlockPlan, LossInputs, Training
+from qbench.engine.plan import BlockPlan, LossInputs
 from qbench.engine.prepare import PreparedBlock
 from qbench.engine.settings import EngineSettings
 from qbench.errors import NumericalError
@@ -30,6 +30,43 @@ from qbench.transforms.tensors import BlockTensors
 from qbench.transforms.transform import apply_all
 
 EpochCallback = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What a block is fitted to, window by window.
+
+    Attributes:
+        inputs: Quantized-path inputs.
+        target: Full-precision outputs.
+        same_input: Full-precision block on `inputs`, where the loss needs it.
+        attention: Full-precision attention maps, [n, tokens, tokens], where the loss needs them.
+    """
+
+    inputs: HiddenStates
+    target: HiddenStates
+    same_input: HiddenStates | None = None
+    attention: HiddenStates | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What an optimizer step changes, and the block's tensors that follow from it.
+
+    Attributes:
+        parameters: In the order of the optimizer's groups.
+        optimizer: Over these parameters.
+        guard: Called before each step: keeps parameters where they may be, in place.
+        tensors: The block's tensors, differentiable in the parameters.
+    """
+
+    parameters: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    guard: Callable[[], None]
+    tensors: Callable[[], BlockTensors]
 
 
 def quantized_tensors(
@@ -50,43 +87,32 @@ def quantized_tensors(
     return tensors
 
 
-class _Step:
+class Step:
     """One optimizer step on fixed input buffers, so that it can be captured and replayed."""
 
     def __init__(
         self,
         prepared: PreparedBlock,
-        plan: BlockPlan,
-        training: Training,
-        base: BlockTensors,
-        grid: Grid,
+        learned: Learned,
+        loss: Callable[[LossInputs], Tensor],
+        windows: Windows,
         kwargs: dict[str, Any],
         settings: EngineSettings,
-        window_shape: tuple[int, ...],
     ):
-        self.prepared, self.plan, self.training, self.base, self.grid = prepared, plan, training, base, grid
+        self.prepared, self.learned, self.loss_of, self.windows = prepared, learned, loss, windows
         self.kwargs, self.settings = kwargs, settings
+        self.parameters, self.optimizer = learned.parameters, learned.optimizer
         self.micro = settings.micro_batch or settings.batch_size
 
         def buffer(*shape: int) -> Tensor:
             return torch.empty(settings.batch_size, *shape, device=settings.device)
 
-        self.inputs, self.target = buffer(*window_shape), buffer(*window_shape)
-        self.same_input = buffer(*window_shape) if training.same_input_target else None
-        self.maps = Maps() if training.attention_maps else None
-        self.attention = buffer(window_shape[0], window_shape[0]) if training.attention_maps else None
+        shape = windows.inputs.shape[1:]
+        self.inputs, self.target = buffer(*shape), buffer(*shape)
+        self.same_input = buffer(*shape) if windows.same_input is not None else None
+        self.attention = buffer(shape[0], shape[0]) if windows.attention is not None else None
+        self.maps = Maps() if windows.attention is not None else None
         self.loss = torch.zeros((), device=settings.device)
-        transform_parameters = [p for t in plan.transforms for p in t.parameters()]
-        clipping_parameters = list(plan.clipping.parameters()) if plan.clipping is not None else []
-        groups = [
-            {"params": list(t.parameters()), "lr": t.learning_rate or training.transform_lr}
-            for t in plan.transforms
-        ] + [{"params": clipping_parameters, "lr": training.clipping_lr}]
-        on_gpu = settings.device.type == "cuda"
-        self.parameters = transform_parameters + clipping_parameters
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], weight_decay=0.0, fused=True, capturable=on_gpu
-        )
         self.scaler = (
             torch.amp.GradScaler(settings.device.type) if settings.autocast == torch.float16 else None
         )
@@ -107,28 +133,27 @@ class _Step:
         ]
         return [*self.parameters, *moments]
 
-    def fill(
-        self,
-        batch: range,
-        inputs: HiddenStates,
-        target: HiddenStates,
-        same: HiddenStates | None,
-        attention: HiddenStates | None = None,
-    ) -> None:
+    def fill(self, batch: Sequence[int]) -> None:
         """Copy the windows of one step into the buffers."""
-        start, stop = batch.start, batch.stop
-        self.inputs[: len(batch)].copy_(inputs.read(start, stop), non_blocking=True)
-        self.target[: len(batch)].copy_(target.read(start, stop), non_blocking=True)
-        if self.same_input is not None and same is not None:
-            self.same_input[: len(batch)].copy_(same.read(start, stop), non_blocking=True)
-        if self.attention is not None and attention is not None:
-            self.attention[: len(batch)].copy_(attention.read(start, stop), non_blocking=True)
+        windows = self.windows
+        for buffer, states in (
+            (self.inputs, windows.inputs),
+            (self.target, windows.target),
+            (self.same_input, windows.same_input),
+            (self.attention, windows.attention),
+        ):
+            if buffer is None or states is None:
+                continue
+            if isinstance(batch, range):
+                buffer[: len(batch)].copy_(states.read(batch.start, batch.stop), non_blocking=True)
+            else:
+                for slot, i in enumerate(batch):
+                    buffer[slot].copy_(states.read(i, i + 1)[0], non_blocking=True)
 
     def run(self, count: int) -> None:
         """Guard, transform, quantize, forward, backward, update; the loss lands in `self.loss`."""
-        for transform in self.plan.transforms:
-            transform.guard_()
-        tensors = quantized_tensors(self.base, self.plan, self.grid, self.settings.autocast)
+        self.learned.guard()
+        tensors = self.learned.tensors()
         pairs: list[tuple[Tensor, Tensor]] = []
 
         def leaf(tensor: Tensor) -> Tensor:
@@ -147,7 +172,7 @@ class _Step:
             same = self.same_input[part] if self.same_input is not None else None
             seen = self.maps.latest if self.maps is not None else None
             wanted = self.attention[part] if self.attention is not None else None
-            loss = share * self.training.loss(LossInputs(output, self.target[part], same, seen, wanted))
+            loss = share * self.loss_of(LossInputs(output, self.target[part], same, seen, wanted))
             self.loss.add_(loss.detach())
             (self.scaler.scale(loss) if self.scaler else loss).backward()
         used = [(tensor, leaf.grad) for tensor, leaf in pairs if leaf.grad is not None]
@@ -158,6 +183,18 @@ class _Step:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def each(self, batches: Sequence[Sequence[int]], replay: Callable[[], None] | None) -> list[float]:
+        """A step for each batch of windows; the only wait for the device is at the end. Returns the losses."""
+        losses = torch.zeros(len(batches), device=self.settings.device)
+        for i, batch in enumerate(batches):
+            self.fill(batch)
+            if replay is not None and len(batch) == self.settings.batch_size:
+                replay()
+            else:
+                self.run(len(batch))
+            losses[i].copy_(self.loss)
+        return losses.tolist()
 
 
 @dataclass
@@ -207,7 +244,9 @@ def fit(
     """
     training = plan.training
     assert training is not None
-    step = _Step(prepared, plan, training, base, grid, kwargs, settings, inputs.shape[1:])
+    windows = Windows(inputs, target, same_input_target, attention_target)
+    learned = _of_plan(plan, base, grid, settings)
+    step = Step(prepared, learned, training.loss, windows, kwargs, settings)
     batches = [
         range(i, min(i + settings.batch_size, len(inputs)))
         for i in range(0, len(inputs), settings.batch_size)
@@ -223,14 +262,14 @@ def fit(
             if warm:
                 transform.warm_up()
         if epoch == 0 and on_gpu and settings.cuda_graph and step.scaler is None:
-            step.fill(batches[0], inputs, target, same_input_target, attention_target)
+            step.fill(batches[0])
             replay = capture_step(lambda: step.run(len(batches[0])), step.parameters, step.optimizer)
             report.extras["captured"] = float(replay is not None)
             if warm:  # the runs before the capture moved it
                 for transform in plan.transforms:
                     transform.warm_up()
         before = step.snapshot() if warm else []
-        losses = _epoch(step, batches, inputs, target, same_input_target, replay, attention_target)
+        losses = step.each(batches, replay)
         residuals = [r for t in plan.transforms if (r := t.residual()) is not None]
         if residuals:
             report.extras["inverse_residual"] = max(*residuals, report.extras.get("inverse_residual", 0.0))
@@ -238,9 +277,9 @@ def fit(
             step.restore(before)
             for transform in plan.transforms:
                 transform.cool_down()
-            losses = _epoch(step, batches, inputs, target, same_input_target, None, attention_target)
+            losses = step.each(batches, None)
             report.extras["direct_inverse_epochs"] = report.extras.get("direct_inverse_epochs", 0.0) + 1
-        last_finite = _require_finite(losses, last_finite, epoch, training.epochs, settings)
+        last_finite = require_finite(losses, last_finite, epoch, training.epochs, settings)
         weighted = math.fsum(loss * len(batch) for loss, batch in zip(losses, batches, strict=True))
         report.losses.append(weighted / len(inputs))
         on_epoch(epoch, training.epochs, report.losses[-1])
@@ -251,30 +290,42 @@ def fit(
     return report
 
 
-def _epoch(
-    step: _Step,
-    batches: Sequence[range],
-    inputs: HiddenStates,
-    target: HiddenStates,
-    same_input_target: HiddenStates | None,
-    replay: Callable[[], None] | None,
-    attention_target: HiddenStates | None = None,
-) -> list[float]:
-    """One pass over the windows; the only wait for the device is at its end."""
-    losses = torch.zeros(len(batches), device=step.settings.device)
-    for i, batch in enumerate(batches):
-        step.fill(batch, inputs, target, same_input_target, attention_target)
-        if replay is not None and len(batch) == step.settings.batch_size:
-            replay()
-        else:
-            step.run(len(batch))
-        losses[i].copy_(step.loss)
-    return losses.tolist()
+def _of_plan(plan: BlockPlan, base: BlockTensors, grid: Grid, settings: EngineSettings) -> Learned:
+    """The plan's transforms and clipping under AdamW."""
+    assert plan.training is not None
+    groups: list[dict[str, Any]] = [
+        {"params": list(t.parameters()), "lr": t.learning_rate or plan.training.transform_lr}
+        for t in plan.transforms
+    ]
+    if plan.clipping is not None:
+        groups.append({"params": list(plan.clipping.parameters()), "lr": plan.training.clipping_lr})
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        weight_decay=0.0,
+        fused=True,
+        capturable=settings.device.type == "cuda",
+    )
+
+    def guard() -> None:
+        for transform in plan.transforms:
+            transform.guard_()
+
+    return Learned(
+        [p for group in groups for p in group["params"]],
+        optimizer,
+        guard,
+        lambda: quantized_tensors(base, plan, grid, settings.autocast),
+    )
 
 
-def _require_finite(
+def require_finite(
     losses: Sequence[float], last_finite: float, epoch: int, epochs: int, settings: EngineSettings
 ) -> float:
+    """The last loss.
+
+    Raises:
+        NumericalError: On the first one that is not finite.
+    """
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
             arithmetic = str(settings.autocast or torch.float32).removeprefix("torch.")

@@ -40,11 +40,15 @@ class PreparedLinear(nn.Module):
         self.register_buffer("bias", None)
         self.input_grid: Grid | None = None
 
+    def operand(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with when x arrives."""
+        if self.input_grid is None:
+            return x
+        return fake_quantize(x, self.input_grid, out_dtype=product_dtype(x))
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        if self.input_grid is not None:
-            x = fake_quantize(x, self.input_grid, out_dtype=product_dtype(x))
-        return functional.linear(x, self.weight, self.bias)
+        return functional.linear(self.operand(x), self.weight, self.bias)
 
 
 class PreparedNorm(nn.Module):

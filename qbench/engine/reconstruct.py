@@ -8,6 +8,7 @@ really give. Only one block is on the device at a time.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -20,20 +21,22 @@ from torch import Tensor, nn
 
 from qbench.engine import attention
 from qbench.engine.activations import ActivationStats, Observer
-from qbench.engine.capture import block_inputs, move
+from qbench.engine.capture import block_inputs, move, reaching
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import HiddenStates, choose_placement
-from qbench.engine.optimize import FitReport, fit
-from qbench.engine.plan import BlockPlan, BlockView, Needs
+from qbench.engine.optimize import FitReport, Windows, fit
+from qbench.engine.plan import BlockPlan, BlockView, CalibratedRounding, LearnedRounding, Needs, Rounded
 from qbench.engine.prepare import PreparedBlock, block_tensors
+from qbench.engine.probe import Probe
 from qbench.engine.progress import Listener
 from qbench.engine.settings import EngineSettings
+from qbench.engine.signed import fit_rounding
 from qbench.engine.state import BlockState
 from qbench.errors import DataError, NumericalError, QbenchError
 from qbench.models.base import BlockSpec
 from qbench.quant import uniform
 from qbench.quant.grid import Grid
-from qbench.quant.uniform import QuantizedWeight
+from qbench.quant.offsets import Offsets
 from qbench.results import BlockRecord, TransformRecord
 from qbench.scheme import Scheme
 from qbench.transforms.tensors import BlockTensors
@@ -205,6 +208,21 @@ class _Stream:
             found.write(i, maps.latest)
         block.record_attention(None)
         return found
+
+    @torch.no_grad()
+    def second_moment(self, block: PreparedBlock, role: str, inputs: HiddenStates) -> Tensor:
+        """E[xᵀx] over all tokens, [in, in], of what a linear of a loaded block multiplies its weight with."""
+        linear, size = block.linears[role], self.settings.forward_batch(inputs.shape[1])
+        total: Tensor | None = None
+        for start in range(0, len(inputs), size):
+            windows = inputs.read(start, min(start + size, len(inputs)))
+            with self.settings.autocast_context():
+                x, _ = reaching(linear, functools.partial(block, windows, **self.kwargs))
+                x = linear.operand(x)
+            x = x.float().reshape(-1, x.shape[-1])
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+        assert total is not None
+        return total.div_(len(inputs) * inputs.shape[1])
 
     def relative_error(self, block: PreparedBlock, inputs: HiddenStates, target: HiddenStates) -> float:
         """MSE(block(inputs), target) / mean(target²)."""
@@ -381,8 +399,9 @@ class _LaneBlock:
         spec = self.prepared.spec
         grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
         if scheme.is_identity:  # nothing to do, bit for bit
-            return _finish(self.base.copy(), BlockPlan(), grid, spec, self.index, FitReport())
-        view = BlockView(self.index, self.n_blocks, spec, scheme, grid, self.base, self.stats)
+            return self._finish(stream, self.base.copy(), BlockPlan(), grid, FitReport(), listener)
+        probe = Probe(self.prepared, self.base, stream.inputs, stream.kwargs, settings)
+        view = BlockView(self.index, self.n_blocks, spec, scheme, grid, self.base, self.stats, probe)
         plan = lane.planner.plan(view)
         grid = plan.grid or grid
         for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
@@ -402,44 +421,98 @@ class _LaneBlock:
                 maps,
             )  # fmt: skip
         plan.notes.extend(stream.notes)
-        return _finish(fold(self.base, plan.transforms), plan, grid, spec, self.index, report)
+        return self._finish(stream, fold(self.base, plan.transforms), plan, grid, report, listener)
 
+    def _round(
+        self,
+        stream: _Stream,
+        folded: BlockTensors,
+        plan: BlockPlan,
+        grid: Grid,
+        report: FitReport,
+        listener: Listener,
+    ) -> dict[str, Rounded]:
+        """Folded weights to codes over the plan's ranges, by role; what is learned on the way goes to the report."""
 
-def _finish(
-    folded: BlockTensors, plan: BlockPlan, grid: Grid, spec: BlockSpec, index: int, report: FitReport
-) -> BlockState:
-    """Round folded weights to codes over the plan's ranges."""
-    linears: dict[str, QuantizedWeight | Tensor] = {}
-    for role, weight in folded.weight.items():
-        if grid.bits >= 16:
-            linears[role] = weight
-            continue
-        ranges = plan.clipping.ranges(role, weight, grid) if plan.clipping else uniform.extremes(weight, grid)
-        linears[role] = quantized = plan.rounding(weight, *ranges, grid)
-        if not bool(quantized.scale.isfinite().all()):
-            raise NumericalError(
-                f"Block {index}: the scales of {role} are not finite after folding the transforms."
-            )
-    learned = {
-        f"{t.site.name}.{name}": p.detach() for t in plan.transforms for name, p in t.named_parameters()
-    }
-    if plan.clipping is not None:
-        learned |= {f"clipping.{name}": p.detach() for name, p in plan.clipping.named_parameters()}
-    conditions = {f"condition.{t.site.name}": t.condition() for t in plan.transforms}
-    record = BlockRecord(
-        index=index,
-        seconds=0.0,
-        losses=report.losses,
-        local_error=None,
-        accumulated_error=None,
-        notes=list(plan.notes),
-        extras=report.extras | {name: value for name, value in conditions.items() if value is not None},
-    )
-    new_biases = tuple(
-        role for role, bias in folded.bias.items() if bias is not None and role not in spec.biased
-    )
-    folded.weight = {}
-    return BlockState(linears, folded, learned, record, [_describe(t) for t in plan.transforms], new_biases)
+        def ranges(role: str) -> tuple[Tensor, Tensor] | None:
+            return plan.clipping.ranges(role, folded.weight[role], grid) if plan.clipping else None
+
+        if isinstance(rounding := plan.rounding, LearnedRounding):
+            own = {role: ranges(role) or uniform.extremes(w, grid) for role, w in folded.weight.items()}
+            offsets = Offsets(folded.weight, own, grid)
+            self._operands(stream)
+            learned = fit_rounding(
+                self.prepared, offsets, rounding, folded, Windows(self.q_inputs, self.fp_outputs), stream.kwargs,
+                stream.settings, stream.settings.seed + self.index,
+                lambda turn, turns, loss: listener.epoch(self.lane.name, self.index, turn, turns, loss),
+            )  # fmt: skip
+            report.losses += learned.losses
+            report.extras |= learned.extras
+            return {role: Rounded(offsets.quantize(role)) for role in folded.weight}
+        if not isinstance(rounding, CalibratedRounding):
+            return {
+                role: Rounded(rounding(weight, *(ranges(role) or uniform.extremes(weight, grid)), grid))
+                for role, weight in folded.weight.items()
+            }
+        rounded = {}
+        seen = folded.copy()
+        for roles in self.prepared.spec.shared_inputs:
+            self.prepared.load(seen)
+            self._operands(stream)
+            moment = stream.second_moment(self.prepared, roles[0], self.q_inputs)
+            for role in roles:
+                rounded[role] = rounding.rule(folded.weight[role], moment, ranges(role), grid)
+                if rounding.sequential:
+                    seen.weight[role] = rounded[role].weight.dequantize()
+        return rounded
+
+    def _finish(
+        self,
+        stream: _Stream,
+        folded: BlockTensors,
+        plan: BlockPlan,
+        grid: Grid,
+        report: FitReport,
+        listener: Listener,
+    ) -> BlockState:
+        """Round and put together everything that is kept of the block."""
+        rounded = self._round(stream, folded, plan, grid, report, listener) if grid.bits < 16 else {}
+        notes, extras = list(plan.notes), dict(report.extras)
+        for role, result in rounded.items():
+            if not bool(result.weight.scale.isfinite().all()):
+                raise NumericalError(
+                    f"Block {self.index}: the scales of {role} are not finite after folding the transforms."
+                )
+            notes += [f"block {self.index} {role}: {note}" for note in result.notes]
+            extras |= {f"{name}.{role}": value for name, value in result.extras.items()}
+        linears = {
+            role: rounded[role].weight if rounded else weight for role, weight in folded.weight.items()
+        }
+        learned: dict[str, Tensor] = {}
+        for transform in plan.transforms:
+            site = transform.site.name
+            while any(name.startswith(f"{site}.") for name in learned):  # behind another one at the same site
+                site += "+"
+            learned |= {f"{site}.{name}": p.detach() for name, p in transform.named_parameters()}
+            if (condition := transform.condition()) is not None:
+                extras[f"condition.{site}"] = condition
+        if plan.clipping is not None:
+            learned |= {f"clipping.{name}": p.detach() for name, p in plan.clipping.named_parameters()}
+        record = BlockRecord(
+            index=self.index,
+            seconds=0.0,
+            losses=report.losses,
+            local_error=None,
+            accumulated_error=None,
+            notes=notes,
+            extras=extras,
+        )
+        biased = self.prepared.spec.biased
+        new_biases = tuple(r for r, bias in folded.bias.items() if bias is not None and r not in biased)
+        folded.weight = {}
+        return BlockState(
+            linears, folded, learned, record, [_describe(t) for t in plan.transforms], new_biases
+        )
 
 
 def _describe(transform: Transform) -> TransformRecord:

@@ -28,6 +28,7 @@ class EngineSettings:
         warm_inverse: Invert matrices by warm-started Newton–Schulz steps instead of factorizations; None: on a GPU.
         allow_fallback: Where float16 overflows, go on in bfloat16 and say so in the row, instead of stopping.
         scratch: Folder for memory-mapped hidden states.
+        seed: Of whatever is drawn while blocks are computed.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class EngineSettings:
     warm_inverse: bool | None = None
     allow_fallback: bool = False
     scratch: Path | None = None
+    seed: int = 0
 
     def forward_batch(self, seq_len: int) -> int:
         """Windows per forward pass where no gradient is kept: about 2k tokens on a CPU, 16k on a GPU."""

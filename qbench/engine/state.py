@@ -72,7 +72,7 @@ class BlockState:
             )
             digest.update(role.encode())
             for part in parts:
-                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""

@@ -86,7 +86,7 @@ def perplexity(
         raise DataError(f"Perplexity needs at least one window of 2 tokens; got {n} windows of {seq_len}.")
     device = next(model.parameters()).device if device is None else torch.device(device)
     window_nll: list[float] = []
-    with _evaluating(model):
+    with evaluating(model):
         for batch in ids.split(batch_size):
             batch = batch.to(device)
             window_nll += _batch_nll(model, batch).tolist()
@@ -114,7 +114,8 @@ def _batch_nll(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the context the model is in evaluation mode; afterwards in the mode it was in."""
     was_training = model.training
     model.eval()
     try:

@@ -40,6 +40,7 @@ class ABQ(Method):
 
     name: ClassVar[str] = "abq"
     paper: ClassVar[str] = "https://arxiv.org/abs/2408.08554"
+    learns: ClassVar[bool] = True
     published_form: ClassVar[Mapping[str, Any]] = {
         "query_key": "published",
         "attention_loss": "published",

@@ -28,6 +28,7 @@ class AffineQuant(Method):
 
     name: ClassVar[str] = "affinequant"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.12544"
+    learns: ClassVar[bool] = True
     published_form: ClassVar[Mapping[str, Any]] = {"query_key": "published", "truncate": "all"}
 
     lwc: bool = Field(True, description="Learn weight clipping.")

@@ -26,6 +26,10 @@ class Method(BaseModel):
     paper: ClassVar[str] = ""
     published_form: ClassVar[Mapping[str, Any]] = {}
     """Options that give the authors' form where ours differs; `--published-form` sets them."""
+    rounds: ClassVar[bool] = False
+    """Whether it is a rounding rule, to stand last in a composition such as `smoothquant+gptq`."""
+    learns: ClassVar[bool] = False
+    """Whether its plan has training: in a composition nothing can be planned behind it but the rounding."""
 
     @property
     def needs(self) -> Needs:

@@ -21,8 +21,10 @@ from qbench.engine import attention
 from qbench.engine.activations import Observer
 from qbench.engine.capture import block_inputs, move
 from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.hidden import HiddenStates
 from qbench.engine.plan import BlockView
 from qbench.engine.prepare import PreparedBlock, block_tensors
+from qbench.engine.probe import Probe
 from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.errors import QbenchError, UnsupportedSchemeError
@@ -35,7 +37,8 @@ from qbench.quant.uniform import QuantizedWeight
 from qbench.scheme import Scheme
 from qbench.transforms.transform import apply_all, fold
 
-WINDOWS, SEQ_LEN, VOCAB, EPOCHS = 6, 24, 96, 3
+WINDOWS, SEQ_LEN, VOCAB = 6, 24, 96
+SHORT = {"epochs": 3, "iterations": 12}  # options that say how long a method learns
 SCHEMES = ("W4A4", "W3A16g16")
 TOLERANCE = 1e-9
 
@@ -124,8 +127,8 @@ def _subjects() -> Iterator[_Subject]:
 
 
 def _method(cls: type[Method], scheme: Scheme, subject: _Subject) -> Method:
-    """The method as a user gets it, with few epochs."""
-    options = {"epochs": EPOCHS} if "epochs" in cls.model_fields else {}
+    """The method as a user gets it, learning for a short time."""
+    options = {name: value for name, value in SHORT.items() if name in cls.model_fields}
     return cls(**options).resolve(scheme, subject.spec)
 
 
@@ -253,6 +256,9 @@ def _transforms(cls: type[Method]) -> str:
     for subject in _subjects():
         ((hidden, kwargs), *_) = block_inputs(subject.model, subject.blocks[0], subject.ids[:1])
         cpu = torch.device("cpu")
+        settings = EngineSettings(device=cpu, placement="cpu")
+        states, single_kwargs = HiddenStates((1, *hidden.shape[1:]), cpu, "cpu"), kwargs
+        states.write(0, hidden)
         hidden, kwargs = hidden.double(), move(kwargs, cpu, torch.float64)
         for text in SCHEMES:
             scheme = Scheme.parse(text)
@@ -264,9 +270,9 @@ def _transforms(cls: type[Method]) -> str:
                 expected = prepared.load(base)(hidden, **kwargs)
             grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size)
             single = base.map(lambda t: t.float())
-            plan = _method(cls, scheme, subject).plan(
-                BlockView(0, 2, spec, scheme, grid, single, observer.stats)
-            )
+            probe = Probe(PreparedBlock(block, spec), single, states, single_kwargs, settings)
+            view = BlockView(0, 2, spec, scheme, grid, single, observer.stats, probe)
+            plan = _method(cls, scheme, subject).plan(view)
             generator = torch.Generator().manual_seed(3)
             for transform in (t.double() for t in plan.transforms):
                 seen += 1

@@ -30,6 +30,7 @@ class OmniQuant(Method):
 
     name: ClassVar[str] = "omniquant"
     paper: ClassVar[str] = "https://arxiv.org/abs/2308.13137"
+    learns: ClassVar[bool] = True
     published_form: ClassVar[Mapping[str, Any]] = {"query_key": "published"}
 
     lwc: bool = Field(True, description="Learn weight clipping.")

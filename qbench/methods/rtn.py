@@ -16,6 +16,7 @@ class RTN(Method):
     """Round to nearest over each group's own range."""
 
     name: ClassVar[str] = "rtn"
+    rounds: ClassVar[bool] = True
 
     def plan(self, view: BlockView) -> BlockPlan:
         """See `Method`."""

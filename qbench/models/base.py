@@ -76,6 +76,17 @@ class BlockSpec:
         return self.n_heads // self.n_kv_heads
 
     @property
+    def shared_inputs(self) -> list[tuple[str, ...]]:
+        """Roles in the order of data flow, those that read the same tensor together: (q, k, v), then (o,) and so on."""
+        groups = {
+            role: site.consumers
+            for site in self.sites.values()
+            if site.kind == "norm"
+            for role in site.consumers
+        }
+        return list(dict.fromkeys(groups.get(role, (role,)) for role in self.linears))
+
+    @property
     def n_weights(self) -> int:
         """Weights in the block's linears."""
         return sum(rows * cols for rows, cols in self.shapes.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedScheme
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
 from qbench.models.packed import PackedFolder, packed_settings
+from qbench.provenance import WEIGHT_FILES
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = ("tiny-llama", "tiny-opt")
@@ -111,6 +113,47 @@ def choose_dtype(asked: str, n_parameters: int, on_gpu: bool) -> torch.dtype:
     return torch.bfloat16 if on_gpu and n_parameters > 10**9 else torch.float32
 
 
+def describe_model(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> LoadedModel:
+    """A model without its weights, on torch's meta device: enough to check a request, in a second and no memory.
+
+    Raises:
+        ConfigError: Unknown name.
+        DataError: Unreadable files, or no weights beside them.
+        UnsupportedSchemeError: A model type without a description.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    location = resolve_location(name)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _readable(name):
+        config = AutoConfig.from_pretrained(location, **common)
+        architecture = architecture_for(config)
+        tokenizer = AutoTokenizer.from_pretrained(location, **common)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if Path(location).is_dir() and not any(any(Path(location).glob(pattern)) for pattern in WEIGHT_FILES):
+        raise DataError(
+            f"Cannot load model {name!r}: no weights in its folder ({' or '.join(WEIGHT_FILES)})."
+        )
+    spec = architecture.block_spec(model.get_submodule(architecture.blocks)[0], config)
+    return LoadedModel(name, model, tokenizer, architecture, spec, config.max_position_embeddings, location)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn whatever transformers raises over a model's files into one sentence."""
+    try:
+        yield
+    except QbenchError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+        raise DataError(
+            f"Cannot load model {name!r}: {first}. Give a folder saved by save_pretrained, or a hub name that can be "
+            "reached from here."
+        ) from error
+
+
 def load_model(
     name: str,
     revision: str | None = None,
@@ -137,7 +180,7 @@ def load_model(
 
     location = resolve_location(name)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with _readable(name):
         config = AutoConfig.from_pretrained(location, **common)
         architecture = architecture_for(config)
         packed = _packed(location, revision, config)
@@ -148,14 +191,6 @@ def load_model(
                 location, dtype="auto", output_loading_info=True, **common
             )
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
-    except QbenchError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-        raise DataError(
-            f"Cannot load model {name!r}: {first}. Give a folder saved by save_pretrained, or a hub name that can be "
-            "reached from here."
-        ) from error
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights in their place
         raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")

@@ -20,7 +20,7 @@ from qbench.quant.uniform import SCALE_MAX, SCALE_MIN, ZERO_POINT_LIMIT
 
 ELEMENTS_PER_TILE = 4096
 CHUNK = 2048  # of a group wider than a tile
-TILES_PER_PROGRAM = 8  # of the backward pass where it sums over rows: fewer partial rows to write and add
+TILES_PER_PROGRAM = 16  # of the backward pass where it sums over rows: fewer partial rows to write and add
 MAX_GROUP = 32768  # registers of one program
 _SCALE_MIN, _SCALE_MAX = tl.constexpr(SCALE_MIN), tl.constexpr(SCALE_MAX)
 _ZERO_LIMIT = tl.constexpr(ZERO_POINT_LIMIT)
@@ -35,23 +35,31 @@ def _round(x):
 
 
 @triton.jit
-def _factor(
-    x,
-    row_ptr,
-    column_ptr,
-    row,
-    column,
-    n_rows,
-    columns,
-    SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-):
+def _column_factor(column_ptr, column, columns, SCALE_COLUMNS: tl.constexpr):
+    """Factors of some columns, or ones that nobody multiplies by."""
+    if SCALE_COLUMNS:
+        return tl.load(column_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    else:
+        return tl.full(column.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _factor(x, row_factor, column_factor, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
     """x times the factors of its rows and columns."""
     if SCALE_ROWS:
-        x = x * tl.load(row_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)[:, None]
+        x = x * row_factor[:, None]
     if SCALE_COLUMNS:
-        x = x * tl.load(column_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        x = x * column_factor[None, :]
     return x
+
+
+@triton.jit
+def _row_factor(row_ptr, row, n_rows, SCALE_ROWS: tl.constexpr):
+    """Factors of some rows, or ones that nobody multiplies by."""
+    if SCALE_ROWS:
+        return tl.load(row_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)
+    else:
+        return tl.full(row.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -125,42 +133,67 @@ def _grad_extremes(
 def _forward(
     x_ptr, row_ptr, column_ptr, upper_ptr, lower_ptr, y_ptr, low_ptr, high_ptr, n_rows, width, n_groups,
     QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
-    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group of ROWS rows; a group wider than BLOCK is gone over twice, the second time out of the cache."""
+    """One group of ROWS rows, held whole."""
     group = tl.program_id(1)
     columns = n_groups * width
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < n_rows
-    start = row[:, None].to(tl.int64) * columns
-    lowest = tl.full([ROWS, BLOCK], float("inf"), tl.float32)
-    highest = tl.full([ROWS, BLOCK], -float("inf"), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        within = chunk * BLOCK + tl.arange(0, BLOCK)
-        column = group * width + within
-        inside = valid[:, None] & (within[None, :] < width)
-        x = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = _factor(x, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS)
-        lowest = tl.minimum(lowest, tl.where(inside, x, float("inf")))
-        highest = tl.maximum(highest, tl.where(inside, x, -float("inf")))
-    low, high = tl.min(lowest, 1), tl.max(highest, 1)
+    within = tl.arange(0, BLOCK)
+    inside = valid[:, None] & (within[None, :] < width)
+    at = row[:, None].to(tl.int64) * columns + group * width + within[None, :]
+    r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
+    c = _column_factor(column_ptr, group * width + within, columns, SCALE_COLUMNS)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = _factor(x, r, c, SCALE_ROWS, SCALE_COLUMNS)
+    low = tl.min(tl.where(inside, x, float("inf")), 1)
+    high = tl.max(tl.where(inside, x, -float("inf")), 1)
     at_group = row * n_groups + group
     upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
     _, _, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
-    for chunk in tl.static_range(CHUNKS):
-        within = chunk * BLOCK + tl.arange(0, BLOCK)
-        column = group * width + within
-        inside = valid[:, None] & (within[None, :] < width)
-        if CHUNKS > 1:
-            x = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            x = _factor(x, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS)
-        _, level, _ = _levels(x, scale, zero, QMAX)
-        y = (level * scale[:, None]).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + start + column[None, :], y, mask=inside)
+    _, level, _ = _levels(x, scale, zero, QMAX)
+    tl.store(y_ptr + at, (level * scale[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
     if KEEP:
         tl.store(low_ptr + at_group, low, mask=valid)
         tl.store(high_ptr + at_group, high, mask=valid)
+
+
+@triton.jit
+def _forward_wide(
+    x_ptr, row_ptr, column_ptr, upper_ptr, lower_ptr, y_ptr, low_ptr, high_ptr, n_rows, width,
+    QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One row that is one group, too wide to be held: gone over twice, the second time out of the cache."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    valid = row < n_rows
+    start = row[:, None].to(tl.int64) * width
+    r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
+    lowest = tl.full([1, BLOCK], float("inf"), tl.float32)
+    highest = tl.full([1, BLOCK], -float("inf"), tl.float32)
+    for chunk in range(CHUNKS):
+        within = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = (within < width)[None, :]
+        x = tl.load(x_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = _factor(x, r, _column_factor(column_ptr, within, width, SCALE_COLUMNS), SCALE_ROWS, SCALE_COLUMNS)
+        lowest = tl.minimum(lowest, tl.where(inside, x, float("inf")))
+        highest = tl.maximum(highest, tl.where(inside, x, -float("inf")))
+    low, high = tl.min(lowest, 1), tl.max(highest, 1)
+    upper, lower = _clip(upper_ptr, lower_ptr, row, valid, low, CLIP)
+    _, _, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
+    for chunk in range(CHUNKS):
+        within = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = (within < width)[None, :]
+        x = tl.load(x_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = _factor(x, r, _column_factor(column_ptr, within, width, SCALE_COLUMNS), SCALE_ROWS, SCALE_COLUMNS)
+        _t, level, _inside = _levels(x, scale, zero, QMAX)
+        y = (level * scale[:, None]).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + start + within[None, :], y, mask=inside)
+    if KEEP:
+        tl.store(low_ptr + row, low)
+        tl.store(high_ptr + row, high)
 
 
 @triton.jit
@@ -169,77 +202,105 @@ def _backward(
     grad_x_ptr, grad_row_ptr, grad_column_ptr, grad_upper_ptr, grad_lower_ptr, n_rows, width, n_groups,
     QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
     SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, WANT_X: tl.constexpr,
-    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One group of TILES · ROWS rows, whose column sums stay in registers; CHUNKS as in the forward pass."""
+    """One group of TILES · ROWS rows, held whole, whose column sums stay in registers."""
     group = tl.program_id(1)
     columns = n_groups * width
+    within = tl.arange(0, BLOCK)
+    c = _column_factor(column_ptr, group * width + within, columns, SCALE_COLUMNS)
     column_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(TILES):
         row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
         valid = row < n_rows
-        start = row[:, None].to(tl.int64) * columns
+        inside = valid[:, None] & (within[None, :] < width)
+        at = row[:, None].to(tl.int64) * columns + group * width + within[None, :]
+        base = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)  # first: these take the longest
+        g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         at_group = row * n_groups + group
         low = tl.load(low_ptr + at_group, mask=valid, other=0.0)
         high = tl.load(high_ptr + at_group, mask=valid, other=1.0)
         upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
         bottom, top, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
-        by_scale = tl.zeros([ROWS, BLOCK], tl.float32)
-        n_high = tl.zeros([ROWS, BLOCK], tl.float32)
-        n_low = tl.zeros([ROWS, BLOCK], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            within = chunk * BLOCK + tl.arange(0, BLOCK)
-            column = group * width + within
-            inside = valid[:, None] & (within[None, :] < width)
-            base = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(grad_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            x = _factor(base, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS)
-            t, level, on_grid = _levels(x, scale, zero, QMAX)
-            by_scale += g * (level - on_grid * t)
-            if WANT_X or SCALE_ROWS or SCALE_COLUMNS:
-                n_high += tl.where(inside & (x == high[:, None]), 1.0, 0.0)
-                n_low += tl.where(inside & (x == low[:, None]), 1.0, 0.0)
+        r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
+        x = _factor(base, r, c, SCALE_ROWS, SCALE_COLUMNS)
+        t, level, on_grid = _levels(x, scale, zero, QMAX)
+        grad_scale = tl.sum(g * (level - on_grid * t), 1)
         grad_low, grad_high = _grad_extremes(
-            tl.sum(by_scale, 1), scale, low, high, bottom, top, upper, lower, grad_upper_ptr, grad_lower_ptr, at_group,
+            grad_scale, scale, low, high, bottom, top, upper, lower, grad_upper_ptr, grad_lower_ptr, at_group,
             valid, QMAX, MID, SYM, ZERO, CLIP,
         )  # fmt: skip
         if WANT_X or SCALE_ROWS or SCALE_COLUMNS:
-            grad_high = grad_high / tl.maximum(tl.sum(n_high, 1), 1.0)  # ties share it
-            grad_low = grad_low / tl.maximum(tl.sum(n_low, 1), 1.0)
-            row_sum = tl.zeros([ROWS, BLOCK], tl.float32)
-            for chunk in tl.static_range(CHUNKS):
-                within = chunk * BLOCK + tl.arange(0, BLOCK)
-                column = group * width + within
-                inside = valid[:, None] & (within[None, :] < width)
-                if CHUNKS > 1:
-                    base = tl.load(x_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
-                    g = tl.load(grad_ptr + start + column[None, :], mask=inside, other=0.0).to(tl.float32)
-                    x = _factor(
-                        base, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS
-                    )
-                    _, _, on_grid = _levels(x, scale, zero, QMAX)
-                grad_x = g * on_grid + tl.where(x == high[:, None], grad_high[:, None], 0.0)
-                grad_x = tl.where(inside, grad_x + tl.where(x == low[:, None], grad_low[:, None], 0.0), 0.0)
-                if SCALE_ROWS:
-                    row_sum += _factor(
-                        grad_x * base, row_ptr, column_ptr, row, column, n_rows, columns, False, SCALE_COLUMNS
-                    )
-                if SCALE_COLUMNS:
-                    column_sum += _factor(
-                        grad_x * base, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, False
-                    )
-                if WANT_X:
-                    grad_x = _factor(
-                        grad_x, row_ptr, column_ptr, row, column, n_rows, columns, SCALE_ROWS, SCALE_COLUMNS
-                    )
-                    grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
-                    tl.store(grad_x_ptr + start + column[None, :], grad_x, mask=inside)
+            at_high = tl.where(inside & (x == high[:, None]), 1.0, 0.0)
+            at_low = tl.where(inside & (x == low[:, None]), 1.0, 0.0)
+            grad_x = g * on_grid + at_high * (grad_high / tl.maximum(tl.sum(at_high, 1), 1.0))[:, None]
+            grad_x += at_low * (grad_low / tl.maximum(tl.sum(at_low, 1), 1.0))[:, None]  # ties share it
             if SCALE_ROWS:
-                tl.store(grad_row_ptr + group * n_rows + row, tl.sum(row_sum, 1), mask=valid)
+                row_sum = tl.sum(_factor(grad_x * base, r, c, False, SCALE_COLUMNS), 1)
+                tl.store(grad_row_ptr + group * n_rows + row, row_sum, mask=valid)
+            if SCALE_COLUMNS:
+                column_sum += _factor(grad_x * base, r, c, SCALE_ROWS, False)
+            if WANT_X:
+                grad_x = _factor(grad_x, r, c, SCALE_ROWS, SCALE_COLUMNS)
+                tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if SCALE_COLUMNS:
-        within = tl.arange(0, BLOCK)
         partial = tl.program_id(0).to(tl.int64) * columns + group * width + within
         tl.store(grad_column_ptr + partial, tl.sum(column_sum, 0), mask=within < width)
+
+
+@triton.jit
+def _backward_wide(
+    x_ptr, row_ptr, grad_ptr, low_ptr, high_ptr, upper_ptr, lower_ptr,
+    grad_x_ptr, grad_row_ptr, grad_upper_ptr, grad_lower_ptr, n_rows, width,
+    QMAX: tl.constexpr, MID: tl.constexpr, SYM: tl.constexpr, ZERO: tl.constexpr, CLIP: tl.constexpr,
+    SCALE_ROWS: tl.constexpr, WANT_X: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One row that is one group, too wide to be held: in chunks, and twice where x or its row has a gradient."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    valid = row < n_rows
+    start = row[:, None].to(tl.int64) * width
+    low, high = tl.load(low_ptr + row), tl.load(high_ptr + row)
+    upper, lower = _clip(upper_ptr, lower_ptr, row, valid, low, CLIP)
+    bottom, top, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
+    r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
+    by_scale = tl.zeros([1, BLOCK], tl.float32)
+    n_high = tl.zeros([1, BLOCK], tl.float32)
+    n_low = tl.zeros([1, BLOCK], tl.float32)
+    for chunk in range(CHUNKS):
+        within = chunk * BLOCK + tl.arange(0, BLOCK)
+        inside = (within < width)[None, :]
+        x = tl.load(x_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
+        x = _factor(x, r, r, SCALE_ROWS, False)
+        g = tl.load(grad_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
+        t, level, on_grid = _levels(x, scale, zero, QMAX)
+        by_scale += g * (level - on_grid * t)
+        if WANT_X or SCALE_ROWS:
+            n_high += tl.where(inside & (x == high[:, None]), 1.0, 0.0)
+            n_low += tl.where(inside & (x == low[:, None]), 1.0, 0.0)
+    grad_low, grad_high = _grad_extremes(
+        tl.sum(by_scale, 1), scale, low, high, bottom, top, upper, lower, grad_upper_ptr, grad_lower_ptr, row,
+        valid, QMAX, MID, SYM, ZERO, CLIP,
+    )  # fmt: skip
+    if WANT_X or SCALE_ROWS:
+        grad_high = grad_high / tl.maximum(tl.sum(n_high, 1), 1.0)
+        grad_low = grad_low / tl.maximum(tl.sum(n_low, 1), 1.0)
+        row_sum = tl.zeros([1, BLOCK], tl.float32)
+        for chunk in range(CHUNKS):
+            within = chunk * BLOCK + tl.arange(0, BLOCK)
+            inside = (within < width)[None, :]
+            base = tl.load(x_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
+            x = _factor(base, r, r, SCALE_ROWS, False)
+            g = tl.load(grad_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
+            t, level, on_grid = _levels(x, scale, zero, QMAX)
+            grad_x = g * on_grid + tl.where(inside & (x == high[:, None]), grad_high[:, None], 0.0)
+            grad_x += tl.where(inside & (x == low[:, None]), grad_low[:, None], 0.0)
+            if SCALE_ROWS:
+                row_sum += grad_x * base
+            if WANT_X:
+                grad_x = _factor(grad_x, r, r, SCALE_ROWS, False).to(grad_x_ptr.dtype.element_ty)
+                tl.store(grad_x_ptr + start + within[None, :], grad_x, mask=inside)
+        if SCALE_ROWS:
+            tl.store(grad_row_ptr + row, tl.sum(row_sum, 1))
 
 
 class _Launch:
@@ -250,15 +311,20 @@ class _Launch:
         self.width = grid.group_size or x.shape[-1]
         self.n_groups = x.shape[-1] // self.width
         self.n_rows = x.numel() // x.shape[-1]
-        block = triton.next_power_of_2(self.width)
-        if block > ELEMENTS_PER_TILE and not whole_groups:
-            block = CHUNK
-        self.rows = max(1, ELEMENTS_PER_TILE // block) if block >= self.width else 1
-        warps = 4 if block <= ELEMENTS_PER_TILE else 8 if block <= 8192 else 16
+        self.block = triton.next_power_of_2(self.width)
+        self.wide = self.block > ELEMENTS_PER_TILE and not whole_groups and self.n_groups == 1
+        if self.wide:
+            self.block = CHUNK
+        self.rows = 1 if self.wide else max(1, ELEMENTS_PER_TILE // self.block)
+        self.chunks = triton.cdiv(self.width, self.block)
+        fits = self.block <= ELEMENTS_PER_TILE and not self.wide
+        self.warps = 4 if fits else 8 if self.block <= 8192 else 16
         self.constants = {
-            "QMAX": grid.qmax, "MID": grid.mid, "SYM": grid.symmetric, "ZERO": grid.zero_in_range,
-            "ROWS": self.rows, "BLOCK": block, "CHUNKS": triton.cdiv(self.width, block), "num_warps": warps,
-        }  # fmt: skip
+            "QMAX": grid.qmax,
+            "MID": grid.mid,
+            "SYM": grid.symmetric,
+            "ZERO": grid.zero_in_range,
+        }
 
     def programs(self, tiles: int = 1) -> tuple[int, int]:
         """Grid of programs that take `tiles` tiles of rows each."""
@@ -281,11 +347,19 @@ def forward(
     ranges = [
         torch.empty(launch.n_rows, launch.n_groups, device=x.device) if keep else None for _ in range(2)
     ]
-    _forward[launch.programs()](
-        x, row_scale, column_scale, upper, lower, y, *ranges, launch.n_rows, launch.width, launch.n_groups,
-        CLIP=upper is not None, SCALE_ROWS=row_scale is not None, SCALE_COLUMNS=column_scale is not None, KEEP=keep,
-        **launch.constants,
-    )  # fmt: skip
+    tensors = (x, row_scale, column_scale, upper, lower, y, *ranges)
+    flags = {
+        "CLIP": upper is not None,
+        "SCALE_ROWS": row_scale is not None,
+        "SCALE_COLUMNS": column_scale is not None,
+    }
+    flags |= launch.constants | {"KEEP": keep, "BLOCK": launch.block, "num_warps": launch.warps}
+    if launch.wide:
+        _forward_wide[launch.programs()](*tensors, launch.n_rows, launch.width, CHUNKS=launch.chunks, **flags)
+    else:
+        _forward[launch.programs()](
+            *tensors, launch.n_rows, launch.width, launch.n_groups, ROWS=launch.rows, **flags
+        )
     return y, ranges[0], ranges[1]
 
 
@@ -315,12 +389,20 @@ def backward(
     )
     grad_upper = torch.empty_like(upper) if upper is not None else None
     grad_lower = torch.empty_like(lower) if lower is not None else None
-    _backward[programs](
-        x, row_scale, column_scale, grad, low, high, upper, lower,
-        grad_x, by_row, by_column, grad_upper, grad_lower, launch.n_rows, launch.width, launch.n_groups,
-        CLIP=upper is not None, SCALE_ROWS=row_scale is not None, SCALE_COLUMNS=column_scale is not None,
-        WANT_X=want_x, TILES=tiles, **launch.constants,
-    )  # fmt: skip
+    ends = (low, high, upper, lower)
+    flags = {"CLIP": upper is not None, "SCALE_ROWS": row_scale is not None, "WANT_X": want_x}
+    flags |= launch.constants | {"BLOCK": launch.block, "num_warps": launch.warps}
+    if launch.wide:
+        _backward_wide[programs](
+            x, row_scale, grad, *ends, grad_x, by_row, grad_upper, grad_lower, launch.n_rows, launch.width,
+            CHUNKS=launch.chunks, **flags,
+        )  # fmt: skip
+    else:
+        _backward[programs](
+            x, row_scale, column_scale, grad, *ends, grad_x, by_row, by_column, grad_upper, grad_lower,
+            launch.n_rows, launch.width, launch.n_groups,
+            SCALE_COLUMNS=column_scale is not None, TILES=tiles, ROWS=launch.rows, **flags,
+        )  # fmt: skip
     grad_row = by_row.sum(0) if by_row is not None else None
     grad_column = by_column.sum(0) if by_column is not None else None
     return grad_x, grad_row, grad_column, grad_upper, grad_lower

@@ -6,18 +6,23 @@ Digits follow the papers (12.34), ± follows its value's decimals, and a missing
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
-from qbench.reports.comparison import Comparison, ModelTable, Row, Score
+from qbench.reports.comparison import ACCURACIES, AVERAGE, Comparison, ModelTable, Row, Score, task_keys
 from qbench.results import BASELINE, split_metric
 
 MISSING = "—"
-SHORT_NAMES = {"perplexity": "ppl", BASELINE: "FP"}
+SHORT_NAMES = {
+    "perplexity": "ppl", "word_perplexity": "word ppl", "kl_mean": "KL", "top1_agreement": "top-1", BASELINE: "FP"
+}  # fmt: skip
+# Further views of one measurement; acc_norm is one where the task has acc as well.
+DETAILS = frozenset({"kl_median", "kl_p95", "kl_p99", "kl_max"})
 GIB = 1 << 30
 # Least needed first: what a narrow terminal leaves out. Method, scheme and the values themselves always stay.
 DROP_ORDER = (
-    "contract", "CPU memory", "GPU memory", "time", "± of ratio", "bits/weight", "ratio", "± of value"
+    "details", "recovery", "contract", "CPU memory", "GPU memory", "time", "spread of seeds", "± of ratio",
+    "bits/weight", "ratio", "± of value",
 )  # fmt: skip
 COST = {"bits/weight", "time", "GPU memory", "CPU memory", "contract"}
 
@@ -46,21 +51,24 @@ def columns(
         Column("scheme", ("scheme",), tuple(row.result.scheme_label for row in rows)),
     ]
     reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
+    details = detail_keys(table.metrics) if "details" in dropped else frozenset()
     for key in metrics:
-        scores = [row.scores.get(key) for row in rows]
-        task, metric = split_metric(key)
-        higher = any(row.result.metrics[key].higher_is_better for row in rows if key in row.result.metrics)
-        name = f"{SHORT_NAMES.get(metric, metric)} {'↑' if higher else '↓'}"
-        values = _values(scores, with_interval="± of value" not in dropped)
-        found.append(Column("value", (*_folded(task), name), values))
-        ratios = _ratios(scores, with_interval="± of ratio" not in dropped)
-        found.append(Column("ratio", (f"÷ {reference}",), ratios))
-    costs = [row.result.cost for row in rows]
+        if key not in details:
+            found += _metric_columns(table, key, rows, reference, dropped)
+    costs = [[result.cost for result in row.results] for row in rows]
     found += [
         Column("bits/weight", ("bits/", "weight"), tuple(_bits(row.result.bits_per_weight) for row in rows)),
-        Column("time", ("time",), tuple(format_seconds(cost.seconds) for cost in costs)),
-        Column("GPU memory", ("GPU", "GiB"), tuple(_gib(cost.peak_gpu_bytes) for cost in costs)),
-        Column("CPU memory", ("CPU", "GiB"), tuple(_gib(cost.peak_cpu_bytes) for cost in costs)),
+        Column("time", ("time",), tuple(format_seconds(row.seconds) for row in rows)),
+        Column(
+            "GPU memory",
+            ("GPU", "GiB"),
+            tuple(_gib(most(c.peak_gpu_bytes for c in seeds)) for seeds in costs),
+        ),
+        Column(
+            "CPU memory",
+            ("CPU", "GiB"),
+            tuple(_gib(most(c.peak_cpu_bytes for c in seeds)) for seeds in costs),
+        ),
         Column("contract", ("contract",), tuple(row.result.contract[:8] for row in rows)),
     ]
     return [
@@ -68,6 +76,47 @@ def columns(
         for column in found
         if column.kind not in dropped and (column.kind == "value" or any(c != MISSING for c in column.cells))
     ]
+
+
+def _metric_columns(
+    table: ModelTable, key: str, rows: Sequence[Row], reference: str, dropped: Set[str]
+) -> list[Column]:
+    """A metric's values; where a row is judged by it also what is left of the reference's, and the seeds' spread."""
+    scores = [row.scores.get(key) for row in rows]
+    task, metric = split_metric(key)
+    higher = any(score.higher_is_better for score in scores if score is not None)
+    name = f"{SHORT_NAMES.get(metric, metric)} {'↑' if higher else '↓'}"
+    found = [Column("value", (*_folded(task), name), _values(scores, "± of value" not in dropped))]
+    if not _stands_for_quality(table, key):
+        return found
+    if higher:
+        shares = _shares(scores, "± of ratio" not in dropped)
+        found.append(Column("ratio", (f"% of {reference}",), shares))
+    else:
+        found.append(Column("ratio", (f"÷ {reference}",), _ratios(scores, "± of ratio" not in dropped)))
+        found.append(Column("recovery", (f"% of {reference}",), _shares(scores, False)))
+    spreads = [None if score is None or score.seed_spread is None else score for score in scores]
+    found.append(Column("spread of seeds", ("σ of", "seeds"), tuple(map(_spread, spreads))))
+    return found
+
+
+def _stands_for_quality(table: ModelTable, key: str) -> bool:
+    """Whether a row is judged by this metric: a perplexity, the average of tasks, or a task where there is but one."""
+    metric = split_metric(key)[1]
+    if metric in ACCURACIES:
+        return key == AVERAGE or (AVERAGE not in table.metrics and key in task_keys(table.metrics))
+    return metric.endswith("perplexity")
+
+
+def detail_keys(metrics: Sequence[str]) -> frozenset[str]:
+    """Metrics that a table can do without: further quantiles, and the other accuracy of a task."""
+    averaged = task_keys(metrics)
+    names = {key: split_metric(key)[1] for key in metrics}
+    return frozenset(
+        key
+        for key, name in names.items()
+        if name in DETAILS or (name in ACCURACIES and key != AVERAGE and key not in averaged)
+    )
 
 
 def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = "*") -> list[str]:
@@ -80,14 +129,35 @@ def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = 
         lines.append(f"{best} best of its scheme{tied}")
     reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
     if any(score.half_width is not None for score in scores) and "± of value" not in dropped:
-        paired = any(score.ratio_half_width is not None for score in scores) and "± of ratio" not in dropped
-        lines.append("± 95% interval" + (f"; of ÷ {reference}: paired window by window" if paired else ""))
+        shown = [s for s in scores if s.ratio_half_width is not None and "± of ratio" not in dropped]
+        paired = (
+            f"; of ÷ {reference}: paired window by window"
+            if any(not s.higher_is_better for s in shown)
+            else ""
+        )
+        paired += (
+            f"; of % of {reference}: paired question by question"
+            if any(s.higher_is_better for s in shown)
+            else ""
+        )
+        lines.append("± 95% interval" + paired)
+    if any(score.n_seeds > 1 for score in scores):
+        lines.append(
+            "several calibration seeds: values are means over them, ± counts their spread; σ is its size (how many)"
+        )
     for key, protocol in dict.fromkeys(
         (key, protocol) for table in comparison.tables for key, protocol in table.protocols.items()
     ):
         lines.append(f"{' '.join(_short_metric(key))}: {protocol}")
     contracts = dict.fromkeys(contract[:8] for table in comparison.tables for contract in table.contracts)
     lines.append(f"contract {', '.join(contracts)}")
+    for table in comparison.tables:
+        hashes = " / ".join(contract[:8] for contract in table.contracts)
+        if table.mixed:
+            named = ", ".join(f"{name} ({' / '.join(values)})" for name, values in table.differences.items())
+            lines.append(f"different protocols {hashes}: {named or 'in fields that were not recorded'}")
+        elif len(table.contracts) > 1:
+            lines.append(f"contracts {hashes} differ only in what else was measured")
     if dropped:
         names = [kind for kind in DROP_ORDER if kind in dropped]
         lines.append(f"not shown at this width: {', '.join(names)} (--format csv has everything)")
@@ -172,6 +242,34 @@ def _ratios(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, .
         for score in scores
     ]  # fmt: skip
     return _aligned(pairs, [""] * len(pairs))
+
+
+def _shares(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, ...]:
+    """Recovery in percent; one decimal, since the third digit of a perplexity's is noise."""
+    cells = []
+    for score in scores:
+        if score is None or score.recovery is None:
+            cells.append(MISSING)
+            continue
+        half = score.recovery_half_width if with_interval else None
+        cells.append(f"{100 * score.recovery:.1f}" + ("" if half is None else f" ±{100 * half:.1f}"))
+    width = max((len(cell.partition(" ")[2]) for cell in cells), default=0)
+    parts = [cell.partition(" ") for cell in cells]
+    return tuple(
+        cell if cell == MISSING or not width else f"{number} {half.ljust(width)}"
+        for cell, (number, _, half) in zip(cells, parts, strict=True)
+    )
+
+
+def _spread(score: Score | None) -> str:
+    if score is None or score.seed_spread is None:
+        return MISSING
+    return f"{format_half_width(score.seed_spread, score.value).removeprefix('±')} ({score.n_seeds})"
+
+
+def most(sizes: Iterable[int | None]) -> int | None:
+    """The largest of what was measured."""
+    return max((size for size in sizes if size is not None), default=None)
 
 
 def _aligned(pairs: Sequence[tuple[float, float | None] | None], marks: Sequence[str]) -> tuple[str, ...]:

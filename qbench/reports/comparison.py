@@ -1,26 +1,31 @@
 """Comparison: rows put side by side, or refused. Who is best, who is tied, what each costs against the reference.
 
 This decides *what* a table says; `table.py` decides how it looks. Rows are ranked only within one model, scheme and
-protocol contract, and compared pairwise on the same windows.
+protocol contract, and compared pairwise on the same windows and questions. Records that differ by the calibration seed
+alone are one row: its values are means over seeds, and its statistics count the seeds' spread.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from qbench import provenance
 from qbench.errors import ConfigError, DataError, unknown_name
 from qbench.reports import stats
-from qbench.results import BASELINE, Metric, Result, ResultStore
+from qbench.results import BASELINE, Metric, Result, ResultStore, split_metric
 
 Source = Result | ResultStore | str | Path | Iterable[Result]
 FORMATS = ("table", "json", "csv", "markdown", "latex")
 NORMAL_95 = 1.959964  # for a metric that kept no items, only a standard error
+ACCURACIES = ("acc", "acc_norm")  # of a task that has both, the papers average acc
+AVERAGE = "average/acc"  # key of the mean over tasks, which no record holds
+CORRECT = "correct"  # items_name of items that are right or wrong, and independent of their neighbours
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,19 @@ class Score:
     """One metric of one row.
 
     Attributes:
+        value: With several seeds the mean over them; of perplexities the geometric mean, that of their losses.
         half_width: Of the value's own 95% interval: how far another text of the kind might give another value.
+        low: Lower end of that interval, which need not lie around the value.
+        high: Its upper end.
         ratio: Value divided by the reference row's value, unrounded.
-        ratio_half_width: Of the ratio's 95% interval, paired window by window, hence much shorter.
+        ratio_half_width: Of the ratio's 95% interval, paired item by item, hence much shorter.
+        higher_is_better: Direction of the metric.
         mark: Within its scheme; "tied" means that the data cannot tell it from the best.
+        rank: Place by value among the rows that are ranked with it, 1 the best; None alone or unranked.
+        p_value: Of the difference to the best, after Holm.
+        behind: Value minus the best's with its interval (of losses for a perplexity), before Holm.
+        n_seeds: Calibration seeds behind the value.
+        seed_spread: Standard deviation of the value between them.
     """
 
     value: float
@@ -39,17 +53,51 @@ class Score:
     ratio: float | None = None
     ratio_half_width: float | None = None
     mark: Literal["best", "tied"] | None = None
+    low: float | None = None
+    high: float | None = None
+    higher_is_better: bool = False
+    rank: int | None = None
+    p_value: float | None = None
+    behind: stats.Difference | None = None
+    n_seeds: int = 1
+    seed_spread: float | None = None
+
+    @property
+    def recovery(self) -> float | None:
+        """Share of the reference's quality that is left, 1 for all of it: the ratio, or for losses its inverse."""
+        if self.ratio is None or self.higher_is_better:
+            return self.ratio
+        return 1 / self.ratio if self.ratio > 0 else None
+
+    @property
+    def recovery_half_width(self) -> float | None:
+        """Of the recovery's 95% interval."""
+        if self.recovery is None or self.ratio is None or self.ratio_half_width is None:
+            return None
+        return self.recovery * self.ratio_half_width / self.ratio if self.ratio else None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a block. A full-precision row appears in every block, with the same result."""
+    """One line of a block. A full-precision row appears in every block, with the same result.
+
+    Attributes:
+        result: The record; of several seeds the first.
+        results: The records of all its seeds.
+    """
 
     result: Result
     label: str
     is_reference: bool
     scores: Mapping[str, Score]
     notes: tuple[str, ...]
+    results: tuple[Result, ...]
+
+    @property
+    def seconds(self) -> float:
+        """What one record of the row cost, on average over its seeds."""
+        costs = [result.cost.seconds for result in self.results]
+        return math.fsum(costs) / len(costs)
 
 
 @dataclass(frozen=True)
@@ -65,9 +113,11 @@ class ModelTable:
     """All blocks of one model.
 
     Attributes:
-        metrics: Keys of `Result.metrics`, in order of appearance.
+        metrics: Keys of `Result.metrics`, in order of appearance; after the last task `AVERAGE`, if there are several.
         protocols: What each metric was measured on, and on how many items.
-        contracts: Distinct contract hashes; more than one only if mixing was allowed.
+        contracts: Distinct contract hashes; several if some rows were measured on more, or if mixing was allowed.
+        mixed: Whether rows of different protocols stand in it, on request.
+        differences: What these differ in: field of the contracts to its values, one per contract.
     """
 
     model: str
@@ -75,6 +125,8 @@ class ModelTable:
     protocols: Mapping[str, str]
     contracts: tuple[str, ...]
     blocks: tuple[Block, ...]
+    mixed: bool = False
+    differences: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,9 +160,9 @@ def compare(*sources: Source, baseline: str = BASELINE, allow_mixed: bool = Fals
     """Put rows side by side.
 
     Args:
-        sources: Results, stores, or folders of records.
+        sources: Results, stores, folders of records, or files of one record.
         baseline: Method whose row the others are divided by.
-        allow_mixed: Rank rows of different protocols all the same. Their contracts are printed, and no statistics
+        allow_mixed: Rank rows of different protocols all the same. What they differ in is printed, and no statistics
             across contracts are computed.
 
     Raises:
@@ -118,111 +170,223 @@ def compare(*sources: Source, baseline: str = BASELINE, allow_mixed: bool = Fals
             baseline method.
         DataError: If there are no rows, or a record is damaged.
     """
-    results = list({result.id: result for source in sources for result in _read(source)}.values())
-    if not results:
-        raise DataError("There are no results to compare.")
+    results = read(*sources)
     methods = {result.method for result in results}
     if baseline != BASELINE and baseline not in methods:
         raise unknown_name("method among these rows", baseline, methods)
     by_model: dict[str, list[Result]] = {}
     for result in results:
         by_model.setdefault(result.model, []).append(result)
+    differences = {model: contract_differences(rows) for model, rows in by_model.items()}
     if not allow_mixed:
-        for model, rows in by_model.items():
-            _refuse_mixed(model, rows)
-    tables = tuple(_model_table(model, rows, baseline) for model, rows in by_model.items())
+        for model, found in differences.items():
+            if found is not None:
+                n_protocols = len(set(zip(*found.values(), strict=True))) or "several"
+                raise ConfigError(
+                    f"The rows of {model} come from {n_protocols} different protocols and are not ranked together; "
+                    f"they differ in {describe_differences(found)}. "
+                    "Compare folders of one protocol, or allow it with --allow-mixed."
+                )
+    tables = tuple(
+        _model_table(model, rows, baseline, differences[model]) for model, rows in by_model.items()
+    )
     return Comparison(tables, tuple(results), baseline)
+
+
+def read(*sources: Source) -> list[Result]:
+    """All records of some sources; of the same record in several of them the last.
+
+    Raises:
+        DataError: If there are none, or one is damaged.
+    """
+    results = list({result.id: result for source in sources for result in _read(source)}.values())
+    if not results:
+        raise DataError("There are no results to compare.")
+    return results
 
 
 def _read(source: Source) -> Iterable[Result]:
     if isinstance(source, Result):
         return [source]
     if isinstance(source, str | Path):
+        if Path(source).is_file():
+            return [ResultStore.read_file(source)]
         source = ResultStore(source)
     return source.load_all() if isinstance(source, ResultStore) else source
 
 
-def _refuse_mixed(model: str, rows: list[Result]) -> None:
-    contracts = {(row.contract, row.model_fingerprint): _circumstances(row) for row in rows}
-    if len(contracts) < 2:
-        return
-    sides = list(contracts.values())
-    names = dict.fromkeys(name for side in sides for name in side)
-    differing = []
-    for name in names:
-        values = list(dict.fromkeys(_short(side.get(name, "(not recorded)")) for side in sides))
-        if len(values) > 1:
-            differing.append(f"{name} ({' / '.join(values[:4])}{' / …' if len(values) > 4 else ''})")
-    raise ConfigError(
-        f"The rows of {model} come from {len(contracts)} different protocols and are not ranked together; "
-        "they differ in "
-        f"{', '.join(differing) or 'fields that were not recorded'}. "
-        "Compare folders of one protocol, or allow it with --allow-mixed."
+def contract_differences(results: Sequence[Result]) -> dict[str, tuple[str, ...]] | None:
+    """What forbids ranking these rows of one model together: field to its values, one per contract.
+
+    None if nothing does. Empty if their contracts differ in fields that were not recorded.
+    """
+    sides: dict[tuple[str, str], Result] = {}
+    for result in results:
+        sides.setdefault((result.contract, result.model_fingerprint), result)
+    if len(sides) < 2:
+        return None
+    fields = [{"model_fingerprint": r.model_fingerprint, **r.contract_fields} for r in sides.values()]
+    found = provenance.differences(fields)
+    if not found and all(map(_explains_its_contract, sides.values())):
+        return None
+    return {
+        name: tuple("(not recorded)" if value is None else _short(value) for value in values)
+        for name, values in found.items()
+    }
+
+
+def describe_differences(differences: Mapping[str, Sequence[str]]) -> str:
+    """The differences as a sentence says them: every field with its distinct values."""
+    distinct = {name: list(dict.fromkeys(values)) for name, values in differences.items()}
+    return (
+        ", ".join(
+            f"{name} ({' / '.join(values[:4])}{' / …' if len(values) > 4 else ''})"
+            for name, values in distinct.items()
+        )
+        or "fields that were not recorded"
     )
 
 
-def _circumstances(row: Result) -> dict[str, Any]:
-    return {"model_fingerprint": row.model_fingerprint, **_flat(row.contract_fields)}
+def _explains_its_contract(result: Result) -> bool:
+    """Whether the recorded fields are those that the hash was made of, so that they can be compared instead of it."""
+    return provenance.contract(result.contract_fields)[0] == result.contract
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def comparable(one: Result, other: Result, key: str | None = None) -> bool:
+    """Whether two rows may be ranked together, on one metric or in general.
+
+    With equal contracts they may; else if they differ in nothing but what else they were measured on.
+    """
+    if one.contract == other.contract:
+        return True
+    if not (_explains_its_contract(one) and _explains_its_contract(other)):
+        return False
+    fields = one.contract_fields, other.contract_fields
+    if not provenance.same_base(*fields):
+        return False
+    return key is None or same_evaluation(one, other, key)
+
+
+def same_evaluation(one: Result, other: Result, key: str) -> bool:
+    """Whether one metric was measured on the same thing, whatever else differs."""
+    sides = [provenance.evaluation_of(result.contract_fields, key) for result in (one, other)]
+    return sides[0] is not None and sides[0] == sides[1]
 
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:12] + "…"
+    if len(text) > 40 and " " not in text:
+        return text[:12] + "…"  # a hash
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def seed_groups(results: Iterable[Result]) -> list[tuple[Result, ...]]:
+    """Gather records that differ by their calibration seed alone, in the order of the seeds.
+
+    The full-precision model has no calibration: its records are one row. Records of the same seed stay apart.
+    """
+    groups: dict[str, list[dict[str, Result]]] = {}
+    for result in results:
+        seed = "none" if result.is_baseline else provenance.calibration_fingerprint(result.contract_fields)
+        request = [
+            result.contract, result.model_fingerprint, result.method, result.scheme, result.options,
+            None if result.is_baseline else (result.config.get("compute") or {}).get("batch_size"),
+            result.id if seed is None else None,
+        ]  # fmt: skip
+        lanes = groups.setdefault(json.dumps(request, sort_keys=True, default=str), [])
+        lane = next((lane for lane in lanes if seed not in lane), None)
+        if lane is None:
+            lanes.append(lane := {})
+        lane[seed or ""] = result
+    return [tuple(sorted(lane.values(), key=_seed)) for lanes in groups.values() for lane in lanes]
+
+
+def _seed(result: Result) -> int:
+    seed = result.calibration.get("seed", result.config.get("calibration", {}).get("seed"))
+    return seed if isinstance(seed, int) else 0
 
 
 @dataclass
 class _Draft:
     """A row while its block is being put together."""
 
-    result: Result
+    results: tuple[Result, ...]
     label: str
-    reference: Result | None
+    reference: _Draft | None = None
     scores: dict[str, Score] = field(default_factory=dict)
 
+    @property
+    def result(self) -> Result:
+        return self.results[0]
 
-def _model_table(model: str, results: list[Result], baseline: str) -> ModelTable:
-    full_precision = [result for result in results if result.is_baseline]
-    others = [result for result in results if not result.is_baseline]
-    schemes = list(dict.fromkeys(result.scheme for result in others or full_precision))
-    metrics = tuple(dict.fromkeys(key for result in results for key in result.metrics))
+
+def _model_table(
+    model: str, results: list[Result], baseline: str, differences: Mapping[str, tuple[str, ...]] | None
+) -> ModelTable:
+    groups = seed_groups(results)
+    full_precision = [group for group in groups if group[0].is_baseline]
+    others = [group for group in groups if not group[0].is_baseline]
+    schemes = list(dict.fromkeys(group[0].scheme for group in others or full_precision))
+    measured = tuple(dict.fromkeys(key for result in results for key in result.metrics))
+    tasks = task_keys(measured)
+    metrics = _with_average(measured, tasks)
     blocks = []
     for scheme in schemes:
-        members = [result for result in others if result.scheme == scheme]
-        members.sort(
-            key=lambda result: result.method != baseline
-        )  # stable: the reference first, the rest as given
-        drafts = [_Draft(row, "", _reference(row, full_precision + members, baseline))
-                  for row in full_precision + members]  # fmt: skip
+        members = [group for group in others if group[0].scheme == scheme]
+        # stable: the reference first, the rest as given
+        members.sort(key=lambda group: group[0].method != baseline)
+        drafts = [_Draft(group, "") for group in full_precision + members]
+        for draft in drafts:
+            draft.reference = _reference(draft, drafts, baseline)
         _name(drafts)
         for key in metrics:
-            _score(drafts, key)
+            _score(drafts, key, tasks)
         rows = (
             Row(
-                draft.result, draft.label, draft.result is draft.reference, draft.scores, _notes(draft.result)
+                draft.result,
+                draft.label,
+                draft is draft.reference,
+                draft.scores,
+                _notes(draft.results),
+                draft.results,
             )
             for draft in drafts
         )
         blocks.append(Block(scheme, tuple(rows)))
-    protocols = {key: _protocol([r.metrics[key] for r in results if key in r.metrics]) for key in metrics}
+    protocols = {key: _protocol([r.metrics[key] for r in results if key in r.metrics]) for key in measured}
+    if AVERAGE in metrics:
+        protocols[AVERAGE] = f"mean over {', '.join(split_metric(key)[0] for key in tasks)}, equally weighted"
     contracts = tuple(dict.fromkeys(result.contract for result in results))
-    return ModelTable(model, metrics, protocols, contracts, tuple(blocks))
+    return ModelTable(
+        model, metrics, protocols, contracts, tuple(blocks), differences is not None, differences or {}
+    )
 
 
-def _reference(row: Result, block: list[Result], baseline: str) -> Result | None:
+def task_keys(metrics: Iterable[str]) -> tuple[str, ...]:
+    """One accuracy of every task, those that the average is of."""
+    found: dict[str, str] = {}
+    for name in ACCURACIES:
+        for key in metrics:
+            task, metric = split_metric(key)
+            if metric == name:
+                found.setdefault(task, key)
+    return tuple(key for key in metrics if key in found.values())
+
+
+def _with_average(metrics: tuple[str, ...], tasks: Sequence[str]) -> tuple[str, ...]:
+    if len(tasks) < 2:
+        return metrics
+    last = max(i for i, key in enumerate(metrics) if split_metric(key)[1] in ACCURACIES)
+    return (*metrics[: last + 1], AVERAGE, *metrics[last + 1 :])
+
+
+def _reference(row: _Draft, block: Sequence[_Draft], baseline: str) -> _Draft | None:
     """The row that this one is divided by: the baseline's, of the same protocol."""
     return next(
-        (other for other in block if other.method == baseline and other.contract == row.contract), None
-    )
+        (other for other in block
+         if other.result.method == baseline and comparable(other.result, row.result)),
+        None,
+    )  # fmt: skip
 
 
 def _name(drafts: list[_Draft]) -> None:
@@ -239,66 +403,195 @@ def _name(drafts: list[_Draft]) -> None:
             draft.label += f" #{draft.result.id[:6]}"
 
 
-def _score(drafts: list[_Draft], key: str) -> None:
-    """Give every row its score on one metric, and mark the best and those tied with it."""
-    marks = _marks([draft.result for draft in drafts if not draft.result.is_baseline], key)
-    for draft in drafts:
-        metric = draft.result.metrics.get(key)
-        if metric is None:
-            continue
-        own = stats.mean_interval(metric.items) if metric.items else None
-        half_width: float | None
-        if own is not None:
-            half_width = own.half_width * (metric.value if metric.log_scale else 1.0)
-        else:
-            half_width = None if metric.stderr is None else NORMAL_95 * metric.stderr
-        reference = draft.reference.metrics.get(key) if draft.reference is not None else None
-        ratio, ratio_half_width = _ratio(metric, reference)
-        draft.scores[key] = Score(
-            metric.value, half_width, ratio, ratio_half_width, marks.get(draft.result.id)
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one row with everything that statistics need: the records' values and their items.
+
+    Attributes:
+        values: One per seed.
+        scores: Items, None where some record kept none.
+        log_scale: Whether items are losses of which the value is the exponential.
+        stderr: What the record says, for want of items.
+    """
+
+    values: tuple[float, ...]
+    scores: stats.Scores | None
+    log_scale: bool
+    higher_is_better: bool
+    stderr: float | None
+    what: tuple[tuple[str, str], ...]  # items' name and protocol of every task: only equal ones are paired
+
+    @property
+    def value(self) -> float:
+        """The mean over seeds: of losses where the value is on a log scale."""
+        if len(self.values) == 1:
+            return self.values[0]
+        if self.log_scale and self.scores is not None:
+            return math.exp(self.scores.mean) if self.scores.mean < 700 else math.inf
+        return math.fsum(self.values) / len(self.values)
+
+    def interval(self) -> tuple[float, float, float] | None:
+        """Half width and ends of the value's own 95% interval."""
+        own = stats.interval_of(self.scores) if self.scores is not None else None
+        if own is None:
+            if self.stderr is None or len(self.values) > 1:
+                return None
+            reach = NORMAL_95 * self.stderr
+            return reach, self.value - reach, self.value + reach
+        if self.log_scale:
+            # A few windows of a collapsed model may differ by hundreds of nats.
+            low, high = (math.exp(min(end, 700)) for end in (own.low, own.high))
+            return self.value * own.half_width, low, high
+        return own.half_width, own.low, own.high
+
+    def pairs_with(self, other: Measured) -> bool:
+        """Whether two were measured item by item on the same items (their contracts being equal)."""
+        return (
+            self.scores is not None
+            and other.scores is not None
+            and self.what == other.what
+            and self.scores.pairs_with(other.scores)
         )
 
 
-def _ratio(metric: Metric, reference: Metric | None) -> tuple[float | None, float | None]:
-    if reference is None or reference.value == 0 or not math.isfinite(reference.value):
-        return None, None
-    ratio = metric.value / reference.value
-    if metric is reference or not (metric.log_scale and _paired(metric, reference)):
-        return ratio, None
-    assert metric.items is not None and reference.items is not None
-    difference = stats.paired_difference(metric.items, reference.items)
-    return ratio, None if difference is None else ratio * difference.half_width
+def measured(results: Sequence[Result], key: str, tasks: Sequence[str] = ()) -> Measured | None:
+    """One metric of a row, or the average of its tasks; None where a record lacks it.
 
-
-def _paired(one: Metric, other: Metric) -> bool:
-    """Whether two metrics were measured item by item on the same items (their contracts being equal)."""
-    return (
-        one.items is not None
-        and other.items is not None
-        and len(one.items) == len(other.items)
-        and (one.items_name, one.protocol) == (other.items_name, other.protocol)
+    Args:
+        results: Of all seeds of the row.
+        key: Of `Result.metrics`, or `AVERAGE`.
+        tasks: What the average is of.
+    """
+    keys = tasks if key == AVERAGE else (key,)
+    per_seed = [[result.metrics.get(k) for k in keys] for result in results]
+    rows = [[metric for metric in row if metric is not None] for row in per_seed]
+    if any(len(row) < len(keys) for row in rows):
+        return None
+    first = rows[0]
+    what = tuple((metric.items_name, metric.protocol) for metric in first)
+    values = tuple(math.fsum(metric.value for metric in row) / len(row) for row in rows)
+    return Measured(
+        values=values,
+        scores=_scores(rows, results),
+        log_scale=len(first) == 1 and first[0].log_scale,
+        higher_is_better=first[0].higher_is_better,
+        stderr=first[0].stderr if len(first) == 1 else None,
+        what=what,
     )
 
 
-def _marks(results: list[Result], key: str) -> dict[str, Literal["best", "tied"]]:
-    """Marks by result id. One row alone is not the best of anything."""
-    rows = [
-        result for result in results if key in result.metrics and not math.isnan(result.metrics[key].value)
-    ]
+def _scores(rows: Sequence[Sequence[Metric]], results: Sequence[Result]) -> stats.Scores | None:
+    """Items by task and seed, if all were kept and are of one kind."""
+    tasks = list(zip(*rows, strict=True))
+    for task in tasks:
+        if len({(m.items_name, m.protocol, len(m.items or ())) for m in task}) > 1 or not task[0].items:
+            return None
+    independent = {task[0].items_name == CORRECT for task in tasks}
+    if len(independent) > 1:
+        return None
+    strata = tuple(tuple(metric.items or () for metric in task) for task in tasks)
+    seeds = tuple(
+        None if len(results) == 1 and r.is_baseline
+        else provenance.calibration_fingerprint(r.contract_fields) or _seed(r)
+        for r in results
+    )  # fmt: skip
+    return stats.Scores(strata, seeds, independent.pop())
+
+
+def _score(drafts: list[_Draft], key: str, tasks: Sequence[str]) -> None:
+    """Give every row its score on one metric, and mark the best and those tied with it."""
+    found = {id(draft): m for draft in drafts if (m := measured(draft.results, key, tasks)) is not None}
+    ranked = [draft for draft in drafts if id(draft) in found and not draft.result.is_baseline]
+    places = _places([(draft.result, found[id(draft)]) for draft in ranked], key, tasks)
+    for draft in drafts:
+        own = found.get(id(draft))
+        if own is None:
+            continue
+        half_width, low, high = own.interval() or (None, None, None)
+        reference = found.get(id(draft.reference))
+        if reference is not None and not _same_items(draft.result, draft.reference, key, tasks):
+            reference = None
+        ratio, ratio_half_width = _ratio(own, reference)
+        place = places.get(draft.result.id, _Place())
+        draft.scores[key] = Score(
+            value=own.value,
+            half_width=half_width,
+            ratio=ratio,
+            ratio_half_width=ratio_half_width,
+            mark=place.mark,
+            low=low,
+            high=high,
+            higher_is_better=own.higher_is_better,
+            rank=place.rank,
+            p_value=place.p_value,
+            behind=place.behind,
+            n_seeds=len(own.values),
+            seed_spread=stats.seed_spread(own.values),
+        )
+
+
+def _same_items(row: Result, reference: _Draft | None, key: str, tasks: Sequence[str]) -> bool:
+    return reference is not None and all(
+        comparable(row, reference.result, k) for k in (tasks if key == AVERAGE else (key,))
+    )
+
+
+def _ratio(own: Measured, reference: Measured | None) -> tuple[float | None, float | None]:
+    """Of two values; its interval by items on a log scale exactly, else to first order."""
+    if reference is None or reference.value == 0 or not math.isfinite(reference.value):
+        return None, None
+    ratio = own.value / reference.value
+    if own is reference or not own.pairs_with(reference):
+        return ratio, None
+    assert own.scores is not None and reference.scores is not None
+    if own.log_scale:
+        difference = stats.difference(own.scores, reference.scores)
+        return ratio, None if difference is None else ratio * difference.half_width
+    # d(a/b) = (a - ratio·b)/b item by item
+    scaled = stats.Scores(
+        tuple(tuple(task * ratio) for task in reference.scores.arrays), reference.scores.seeds, own.scores.independent
+    )  # fmt: skip
+    difference = stats.difference(own.scores, scaled)
+    return ratio, None if difference is None else difference.half_width / abs(reference.value)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a row stands in its block on one metric."""
+
+    mark: Literal["best", "tied"] | None = None
+    rank: int | None = None
+    p_value: float | None = None
+    behind: stats.Difference | None = None
+
+
+def _places(rows: Sequence[tuple[Result, Measured]], key: str, tasks: Sequence[str]) -> dict[str, _Place]:
+    """Place by result id. One row alone is not the best of anything."""
+    rows = [(result, own) for result, own in rows if not math.isnan(own.value)]
     if len(rows) < 2:
         return {}
-    higher = rows[0].metrics[key].higher_is_better
-    best = (max if higher else min)(rows, key=lambda result: result.metrics[key].value)
-    marks: dict[str, Literal["best", "tied"]] = {best.id: "best"}
+    higher = rows[0][1].higher_is_better
+    order = sorted(rows, key=lambda row: -row[1].value if higher else row[1].value)
+    best, of_best = order[0]
+    keys = tasks if key == AVERAGE else (key,)
     items = {
-        row.id: row.metrics[key].items or []
-        for row in rows
-        if row.contract == best.contract and _paired(row.metrics[key], best.metrics[key])
+        result.id: own.scores
+        for result, own in rows
+        if own.scores is not None
+        and all(comparable(result, best, k) for k in keys)
+        and own.pairs_with(of_best)
     }
     ranking = stats.tied_with_best(items, higher_is_better=higher) if items else None
-    if ranking is not None:
-        marks |= {id: "tied" for id in {*ranking.tied, ranking.best} - {best.id}}
-    return marks
+    tied = {*ranking.tied, ranking.best} - {best.id} if ranking is not None else set()
+    return {
+        result.id: _Place(
+            mark="best" if result is best else "tied" if result.id in tied else None,
+            rank=1 + sum(other.value != own.value for _, other in order[:i]),
+            p_value=ranking.adjusted_p.get(result.id) if ranking is not None else None,
+            behind=ranking.behind.get(result.id) if ranking is not None else None,
+        )
+        for i, (result, own) in enumerate(order)
+    }
 
 
 def _protocol(metrics: list[Metric]) -> str:
@@ -306,13 +599,14 @@ def _protocol(metrics: list[Metric]) -> str:
     return "; ".join(dict.fromkeys(f"{metric.protocol}, n={metric.n}" for metric in metrics))
 
 
-def _notes(result: Result) -> tuple[str, ...]:
+def _notes(results: Sequence[Result]) -> tuple[str, ...]:
     """The row's notes, and what its transforms admit: work that stays at run time, a function that changed."""
-    notes = list(result.notes)
-    altering = sorted({f"{t.site} ({t.kind})" for t in result.transforms if not t.function_preserving})
+    notes = [note for result in results for note in result.notes]
+    transforms = results[0].transforms
+    altering = sorted({f"{t.site} ({t.kind})" for t in transforms if not t.function_preserving})
     if altering:
         notes.append(f"not function-preserving: {', '.join(altering)}")
-    staying = [t for t in result.transforms if not t.foldable]
+    staying = [t for t in transforms if not t.foldable]
     if staying:
         sites = ", ".join(sorted({f"{t.site} ({t.kind})" for t in staying}))
         flops, stored = sum(t.flops_per_token for t in staying), sum(t.stored_bits for t in staying)

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from qbench.reports.columns import Column, columns, is_best, legend
+from qbench.reports.columns import Column, columns, is_best, legend, most
 from qbench.reports.comparison import Comparison, Row
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≈": r"$\approx$", "÷": r"$\div$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "≈": r"$\approx$", "σ": r"$\sigma$", "÷": r"$\div$",
     "↓": r"$\downarrow$", "↑": r"$\uparrow$", "∞": r"$\infty$", "—": "---", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 
@@ -35,7 +36,8 @@ def as_csv(comparison: Comparison) -> str:
         for row in (row for block in table.blocks for row in block.rows):
             first.setdefault(row.result.id, row)
     metrics = list(dict.fromkeys(key for table in comparison.tables for key in table.metrics))
-    lines = [_csv_fields(first[result.id], metrics) for result in comparison.results]
+    # Of a row with several seeds the first record stands for all.
+    lines = [csv_fields(first[result.id], metrics) for result in comparison.results if result.id in first]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -43,30 +45,38 @@ def as_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-def _csv_fields(row: Row, metrics: list[str]) -> dict[str, Any]:
+def csv_fields(row: Row, metrics: list[str]) -> dict[str, Any]:
+    """One row of the CSV: everything, at full precision."""
     result = row.result
     fields: dict[str, Any] = {"model": result.model, "method": result.method, "scheme": result.scheme}
     fields["options"] = json.dumps(result.options, sort_keys=True) if result.options else None
     for key in metrics:
         metric, score = result.metrics.get(key), row.scores.get(key)
         fields |= {
-            key: metric.value if metric else None,
+            key: score.value if score else None,
             f"{key} stderr": metric.stderr if metric else None,
             f"{key} n": metric.n if metric else None,
             f"{key} half_width_95": score.half_width if score else None,
+            f"{key} low_95": score.low if score else None,
+            f"{key} high_95": score.high if score else None,
             f"{key} ratio": score.ratio if score else None,
             f"{key} ratio_half_width_95": score.ratio_half_width if score else None,
+            f"{key} recovery": score.recovery if score else None,
             f"{key} mark": score.mark if score else None,
+            f"{key} rank": score.rank if score else None,
+            f"{key} p_of_best": score.p_value if score else None,
+            f"{key} seed_sd": score.seed_spread if score else None,
         }
-    cost = result.cost
+    costs = [one.cost for one in row.results]
     return fields | {
         "bits_per_weight": result.bits_per_weight,
-        "seconds": cost.seconds,
-        "peak_gpu_bytes": cost.peak_gpu_bytes,
-        "peak_cpu_bytes": cost.peak_cpu_bytes,
+        "seconds": row.seconds,
+        "peak_gpu_bytes": most(cost.peak_gpu_bytes for cost in costs),
+        "peak_cpu_bytes": most(cost.peak_cpu_bytes for cost in costs),
+        "seeds": len(costs),
         "contract": result.contract,
         "notes": " | ".join(row.notes) or None,
-        "id": result.id,
+        "id": " ".join(one.id for one in row.results),
     }
 
 
@@ -77,14 +87,14 @@ def as_markdown(comparison: Comparison) -> str:
         shown = columns(table, comparison, table.metrics)
         left = ("method", "scheme", "contract")
         lines = [
-            _pipes(_markdown(column.title) for column in shown),
+            _pipes(escape_markdown(column.title) for column in shown),
             _pipes(":--" if column.kind in left else "--:" for column in shown),
         ]
         n_rows = sum(len(block.rows) for block in table.blocks)
         lines += [_pipes(_markdown_cell(column, i) for column in shown) for i in range(n_rows)]
-        pieces.append(f"**{_markdown(table.model)}**\n\n" + "\n".join(lines))
+        pieces.append(f"**{escape_markdown(table.model)}**\n\n" + "\n".join(lines))
     # Two blanks at a line's end break it in Markdown.
-    pieces.append("  \n".join(_markdown(line) for line in legend(comparison, best="bold:")))
+    pieces.append("  \n".join(escape_markdown(line) for line in legend(comparison, best="bold:")))
     return "\n\n".join(pieces) + "\n"
 
 
@@ -92,7 +102,8 @@ def _pipes(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
     return re.sub(r"([\\|*_<>\[\]`])", r"\\\1", text)
 
 
@@ -101,7 +112,7 @@ def _markdown_cell(column: Column, i: int) -> str:
     if column.kind == "value" and is_best(cell):
         number, _, rest = cell.removesuffix("*").strip().partition(" ")
         return f"**{number}** {rest}".strip()
-    return _markdown(cell)
+    return escape_markdown(cell)
 
 
 def as_latex(comparison: Comparison) -> str:
@@ -114,7 +125,7 @@ def as_latex(comparison: Comparison) -> str:
             f"% {table.model}",
             rf"\begin{{tabular}}{{{kinds}}}",
             r"\toprule",
-            _ampersands(_latex(column.title) for column in shown),
+            _ampersands(escape_latex(column.title) for column in shown),
         ]
         i = 0
         for block in table.blocks:
@@ -124,7 +135,7 @@ def as_latex(comparison: Comparison) -> str:
                 i += 1
         lines += [r"\bottomrule", r"\end{tabular}"]
         pieces.append("\n".join(lines))
-    notes = [_latex(line) for line in legend(comparison, best="bold:")]
+    notes = [escape_latex(line) for line in legend(comparison, best="bold:")]
     pieces.append("\\par\\smallskip\n{\\footnotesize " + "\\\\\n".join(notes) + "\\par}")
     return "\n\n".join(pieces) + "\n"
 
@@ -133,7 +144,8 @@ def _ampersands(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _latex(text: str) -> str:
+def escape_latex(text: str) -> str:
+    """Text that LaTeX prints as it is."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
@@ -141,5 +153,5 @@ def _latex_cell(column: Column, i: int) -> str:
     cell = " ".join(column.cells[i].split())
     if column.kind == "value" and is_best(cell):
         number, _, rest = cell.removesuffix("*").strip().partition(" ")
-        return rf"\textbf{{{_latex(number)}}} {_latex(rest)}".strip()
-    return _latex(cell)
+        return rf"\textbf{{{escape_latex(number)}}} {escape_latex(rest)}".strip()
+    return escape_latex(cell)

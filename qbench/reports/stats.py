@@ -287,8 +287,8 @@ def difference(a: Scores, b: Scores, level: float = LEVEL) -> Difference | None:
         raise ValueError("these rows were not scored on the same items")
     if not (a.enough and b.enough):
         return None
-    if set(a.seeds) == set(b.seeds):
-        order = [b.seeds.index(seed) for seed in a.seeds]
+    if set(a.seeds) == set(b.seeds) or len(a.seeds) == len(b.seeds) == 1:
+        order = [b.seeds.index(seed) for seed in a.seeds] if len(a.seeds) > 1 else [0]
         strata = tuple(tuple(x - y[order]) for x, y in zip(a.arrays, b.arrays, strict=True))
         variance = _variance(Scores(strata, a.seeds, a.independent))
     else:

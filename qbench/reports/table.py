@@ -8,10 +8,10 @@ metrics lose their ± only if that is not enough either.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from qbench.reports.columns import COST, DROP_ORDER, Column, columns, is_best, legend
+from qbench.reports.columns import COST, DROP_ORDER, Column, columns, detail_keys, is_best, legend
 from qbench.reports.comparison import Comparison, ModelTable
 
 if TYPE_CHECKING:
@@ -46,29 +46,54 @@ def print_table(comparison: Comparison, console: Console) -> None:
 
 def _fit(table: ModelTable, comparison: Comparison, console: Console) -> tuple[list[Table], set[str]]:
     """The richest form that fits, and the kinds of column that it leaves out."""
-    for form in _forms(table):
-        parts = [columns(table, comparison, metrics, dropped) for metrics, dropped in form]
-        if all(_width(part) <= console.width for part in parts):
+
+    def width(metrics: tuple[str, ...], dropped: set[str]) -> int:
+        return _width(columns(table, comparison, metrics, dropped))
+
+    for form in _forms(table, console.width, width):
+        if all(width(metrics, dropped) <= console.width for metrics, dropped in form):
             break
     # If nothing fits, the last form is printed too wide and the terminal breaks its lines: no digit is lost.
     left_out = set.intersection(*(dropped for _, dropped in form)) & _kinds(table, comparison)
-    return [_draw(table, part) for part in parts], left_out
+    drawn = [_draw(table, columns(table, comparison, metrics, dropped)) for metrics, dropped in form]
+    return drawn, left_out
 
 
-def _forms(table: ModelTable) -> Iterator[list[tuple[tuple[str, ...], set[str]]]]:
-    """Ways to print a table, richest first; each is parts of (metrics, kinds of column left out)."""
+Part = tuple[tuple[str, ...], set[str]]  # metrics, and the kinds of column left out beside them
+
+
+def _forms(
+    table: ModelTable, available: int, width: Callable[[tuple[str, ...], set[str]], int]
+) -> Iterator[list[Part]]:
+    """Ways to print a table, richest first."""
     # Rows of mixed protocols always show theirs.
     order = [kind for kind in DROP_ORDER if kind != "contract" or len(table.contracts) == 1]
+    main = tuple(key for key in table.metrics if key not in detail_keys(table.metrics))
     for n in range(len(order)):
         yield [(table.metrics, set(order[:n]))]
-    ratios, costs = {"ratio", "± of ratio"}, [kind for kind in order if kind in COST]
-    for beside in (ratios | set(costs), set(order)):  # left out beside the metrics
-        for n_chunks in range(2, len(table.metrics) + 1):
-            size = -(-len(table.metrics) // n_chunks)
-            chunks = [(table.metrics[i : i + size], beside) for i in range(0, len(table.metrics), size)]
-            for n in range(len(costs)):
-                yield [*chunks, ((), beside - set(costs[n:]))]
-    yield [((key,), set(order)) for key in table.metrics] or [((), set(order))]
+    costs = [kind for kind in order if kind in COST]
+    for kept in ({"ratio", "± of value"}, {"± of value"}, set()):
+        beside = set(order) - kept
+        parts = _packed(main, beside, available, width)
+        for n in range(len(costs)):
+            yield [*parts, ((), set(order) - set(costs[n:]))]
+    yield [((key,), set(order)) for key in main] or [((), set(order))]
+
+
+def _packed(
+    metrics: tuple[str, ...],
+    beside: set[str],
+    available: int,
+    width: Callable[[tuple[str, ...], set[str]], int],
+) -> list[Part]:
+    """Metrics in as few tables as they fit into, in their order."""
+    parts: list[tuple[str, ...]] = []
+    for key in metrics:
+        if parts and width((*parts[-1], key), beside) <= available:
+            parts[-1] = (*parts[-1], key)
+        else:
+            parts.append((key,))
+    return [(part, beside) for part in parts]
 
 
 def _width(part: list[Column]) -> int:
@@ -88,6 +113,7 @@ def _kinds(table: ModelTable, comparison: Comparison) -> set[str]:
     kinds = {column.kind for column in columns(table, comparison, table.metrics)}
     scores = [score for block in table.blocks for row in block.rows for score in row.scores.values()]
     kinds |= {"± of value"} if any(score.half_width is not None for score in scores) else set()
+    kinds |= {"details"} if detail_keys(table.metrics) else set()
     kinds |= {"± of ratio"} if any(score.ratio_half_width is not None for score in scores) else set()
     return kinds
 

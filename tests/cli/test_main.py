@@ -69,8 +69,8 @@ def test_without_arguments_it_prints_help(qbench_cli) -> None:
         (["run", "--modl", "x"], "Error: No such option '--modl'."),
         (["run", "--nsamples", "many"], "Error: Invalid value for '--nsamples'"),
         (["run", "--format", "html"], "Error: Invalid value for '--format'"),
-        (["compare"], "Error: Missing argument 'DIR...'."),
-        (["compare", "nowhere"], "Error: There is no results folder 'nowhere'."),
+        (["compare"], "Error: Missing argument 'DIR|FILE|ROW...'."),
+        (["compare", "nowhere"], "Error: There is no results folder 'nowhere', no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -63,6 +63,8 @@ def test_statistics_match_a_direct_computation_however_windows_are_batched(
             centre = middle if centre is None else 0.99 * centre + 0.01 * middle
         assert torch.allclose(stats[role].absmax, absmax, rtol=1e-5, atol=1e-6), role
         assert torch.allclose(stats[role].centre, centre, rtol=1e-4, atol=1e-5), role
+        absmean = torch.stack(windows).double().abs().mean((0, 1)).float()
+        assert torch.allclose(stats[role].absmean, absmean, rtol=1e-5, atol=1e-6), role
 
 
 def test_opts_mlp_sees_all_tokens_in_one_matrix_and_is_still_split_into_windows(build_tiny, tokens) -> None:

@@ -149,3 +149,12 @@ def test_the_levels_survive_a_checkpoint(tiny_llama, tokens, tmp_path) -> None:
     again = type(result.state(0)).load(tmp_path / "block.safetensors")
     assert again.linears["q"].grid == result.state(0).linears["q"].grid
     assert again.weight_bits == result.state(0).weight_bits
+
+
+def test_five_levels_under_another_rounding_rule(tiny_llama, tokens) -> None:
+    """The plan's grid reaches the last part of a composition."""
+    lane = make_lane(tiny_llama, "abq+gptq", "W2A16g16", epochs=1, bit_balance=True)
+    (result,) = reconstruct_lanes(tiny_llama, tokens, [lane])
+    codes = torch.cat([linear.codes.flatten() for linear in result.state(1).linears.values()])
+    assert codes.unique().tolist() == [0, 1, 2, 3, 4]
+    assert result.state(1).linears["down"].grid.extra_level

@@ -26,6 +26,7 @@ RESUME = "a resumed run is the same run"
 UNTOUCHED = "the model is left as it was"
 FUNCTION = "transforms preserve the function"
 ERROR = "error is not above RTN's"
+COMPOSITIONS = ["smoothquant+gptq", "omniquant+gptq", "affinequant+gptq"]
 FACTS = [OPTIONS, REFUSES, IDENTITY, GRID, DETERMINISTIC, LANES, RESUME, UNTOUCHED, FUNCTION, ERROR]
 
 
@@ -35,7 +36,7 @@ def facts_of(method: str) -> dict[str, Fact]:
 
 
 @pytest.mark.parametrize("fact", FACTS)
-@pytest.mark.parametrize("method", METHODS.names())
+@pytest.mark.parametrize("method", [*METHODS.names(), *COMPOSITIONS])
 def test_holds(method: str, fact: str) -> None:
     found = facts_of(method)[fact]
     assert found.passed, found.detail

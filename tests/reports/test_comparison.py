@@ -1,14 +1,27 @@
 import math
 import random
+import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
-from fake_results import CONTRACT, baseline, make_result, make_run, perplexity, window_losses
+from fake_results import (
+    CONTRACT,
+    accuracy,
+    baseline,
+    contracted,
+    make_result,
+    make_run,
+    perplexity,
+    seeds,
+    window_losses,
+)
+from scipy import stats as scipy_stats
 
 from qbench.errors import ConfigError, DataError
 from qbench.reports import stats
-from qbench.reports.comparison import compare
-from qbench.results import Metric, Result, ResultStore, TransformRecord
+from qbench.reports.comparison import compare, task_keys
+from qbench.results import BASELINE, Metric, Result, ResultStore, TransformRecord
 
 KEY = "wikitext2/perplexity"
 
@@ -165,6 +178,183 @@ def test_mixed_rows_are_ranked_on_request_without_statistics_across_contracts() 
     assert rtn.scores[KEY].ratio is not None
     assert gptq.scores[KEY].ratio is None  # there is no full-precision row of its protocol
     assert set(marks(comparison).values()) == {None, "best"}  # "tied" would need the same windows
+
+
+WIKI = {"wikitext2": {"protocol": "p", "tokens": "w"}}
+
+
+def test_seeds_of_one_draw_are_one_row_with_the_mean_of_their_losses() -> None:
+    rows = [contracted(r, seed=i) for i, r in enumerate(seeds("rtn", [0.1, 0.2, 0.4]))]
+    table = compare([contracted(baseline()), *rows, contracted(make_result("gptq", extra=0.6))]).tables[0]
+    row = table.blocks[0].rows[1]
+    assert [r.calibration["seed"] for r in row.results] == [0, 1, 2] and row.label == "rtn"
+    score, values = row.scores[KEY], [r.metrics[KEY].value for r in rows]
+    assert score.value == pytest.approx(math.prod(values) ** (1 / 3), rel=1e-12)
+    assert score.seed_spread == pytest.approx(statistics.stdev(values), rel=1e-12)
+    assert (score.n_seeds, score.mark, row.seconds) == (3, "best", 12.5)
+    one = compare([contracted(baseline()), rows[1]]).tables[0].blocks[0].rows[1].scores[KEY]
+    assert score.ratio_half_width > 5 * one.ratio_half_width  # what one seed cannot know of
+
+
+def test_two_seeds_and_the_same_again_are_not_averaged_twice() -> None:
+    one, two = (contracted(r, seed=i) for i, r in enumerate(seeds("rtn", [0.1, 0.2])))
+    again = two.model_copy(update={"id": "f" * 64})
+    assert [len(row.results) for row in compare([one, two, again]).tables[0].blocks[0].rows] == [2, 1]
+    assert [len(row.results) for row in compare([one, two, two]).tables[0].blocks[0].rows] == [2]
+
+
+@pytest.mark.parametrize("difference", ["options", "scheme", "batch size"])
+def test_only_seeds_are_averaged(difference: str) -> None:
+    one, two = (contracted(r, seed=i) for i, r in enumerate(seeds("rtn", [0.1, 0.2])))
+    change = {
+        "options": {"options": {"alpha": 0.5}}, "scheme": {"scheme": "W3A16"},
+        "batch size": {"config": {"compute": {"batch_size": 4}}},
+    }[difference]  # fmt: skip
+    blocks = compare([one, two.model_copy(update=change)]).tables[0].blocks
+    assert [len(row.results) for block in blocks for row in block.rows] == [1, 1]
+
+
+def test_two_texts_are_two_draws_and_refused() -> None:
+    one, two = (contracted(make_result("rtn"), text=text) for text in ("aaaa", "bbbb"))
+    with pytest.raises(ConfigError, match=r"calibration\.text \(aaaa / bbbb\)"):
+        compare([one, two])
+
+
+def test_full_precision_has_no_seed() -> None:
+    one, two = (contracted(baseline(), seed=seed) for seed in (0, 1))
+    assert one.id == two.id
+    assert len(compare([one, two.model_copy(update={"id": "e" * 64})]).tables[0].blocks[0].rows) == 2
+
+
+def tasks_of(seed: int, chance: float) -> dict[str, Metric]:
+    return {f"{name}/acc": accuracy(seed + i, chance, name) for i, name in enumerate(("piqa", "boolq"))}
+
+
+def test_rows_with_and_without_tasks_are_compared_on_what_both_were_measured_on() -> None:
+    more = {**WIKI, "piqa": {"protocol": "q"}, "boolq": {"protocol": "r"}}
+    plain = [contracted(baseline(), WIKI), contracted(make_result("rtn", extra=0.3), WIKI)]
+    full = make_result("gptq", extra=0.1)
+    full = contracted(full.model_copy(update={"metrics": {**full.metrics, **tasks_of(1, 0.7)}}), more)
+    comparison = compare([*plain, full])
+    table = comparison.tables[0]
+    assert len(table.contracts) == 2 and not table.mixed
+    assert marks(comparison) == {"full-precision": None, "rtn": None, "gptq": "best"}
+    gptq = table.blocks[0].rows[2]
+    assert (
+        gptq.scores[KEY].ratio_half_width is not None
+    )  # paired with the full precision of the other contract
+    assert gptq.scores["piqa/acc"].ratio is None and gptq.scores["piqa/acc"].mark is None
+    assert "differ only in what else was measured" in comparison.render("table", 100)
+
+
+def test_one_name_for_two_evaluations_is_refused() -> None:
+    other = {"wikitext2": {"protocol": "p", "tokens": "other"}}
+    rows = [contracted(make_result("rtn"), WIKI), contracted(make_result("gptq"), other)]
+    with pytest.raises(
+        ConfigError, match=r"2 different protocols.*evaluation\.wikitext2\.tokens \(w / other\)"
+    ):
+        compare(rows)
+    assert set(marks(compare(rows, allow_mixed=True)).values()) == {None, "best"}
+
+
+def test_fields_that_do_not_explain_their_hash_are_not_trusted() -> None:
+    row = contracted(make_result("gptq"), {})
+    with pytest.raises(ConfigError, match="fields that were not recorded"):
+        compare([contracted(make_result("rtn")), row.model_copy(update={"contract": "e" * 64})])
+
+
+def test_permitted_mixing_prints_the_difference_with_both_values() -> None:
+    rows = [
+        contracted(baseline()),
+        contracted(make_result("rtn")),
+        contracted(make_result("gptq"), n_samples=128),
+    ]
+    text = compare(rows, allow_mixed=True).render("table", 160)
+    hashes = " / ".join(dict.fromkeys(row.contract[:8] for row in rows))
+    assert f"different protocols {hashes}: calibration.n_samples (64 / 128)" in text
+    with pytest.raises(ConfigError, match=r"calibration\.n_samples \(64 / 128\)"):
+        compare(rows)
+
+
+def test_accuracies_are_compared_question_by_question() -> None:
+    def row(method: str, right: list[int]) -> Result:
+        metric = Metric(value=sum(right) / len(right), n=len(right), protocol="p", items=[float(x) for x in right],
+                        items_name="correct", higher_is_better=True)  # fmt: skip
+        return make_result(method, metrics={"piqa/acc": metric})
+
+    a, b = [1] * 60 + [0] * 40, [1] * 50 + [0] * 50
+    comparison = compare([row("a", a), row("b", b), row("c", a[::-1])])
+    found = {r.label: r.scores["piqa/acc"] for r in comparison.tables[0].blocks[0].rows}
+    assert found["b"].behind.discordant == (0, 10) and found["b"].p_value == pytest.approx(2 * 2 / 2**10)
+    assert found["c"].behind.discordant == (40, 40) and found["c"].p_value == 1.0
+    assert {label: score.mark for label, score in found.items()} == {"a": "best", "b": None, "c": "tied"}
+    assert {label: score.rank for label, score in found.items()} == {"a": 1, "b": 3, "c": 1}
+    own = scipy_stats.binomtest(60, 100).proportion_ci(method="wilson")
+    assert (found["a"].low, found["a"].high) == pytest.approx((own.low, own.high), rel=1e-12)
+
+
+def test_the_average_counts_every_task_once_and_only_where_all_were_measured() -> None:
+    short = accuracy(9, 0.4, "boolq")
+    short = short.model_copy(
+        update={"items": short.items[:100], "value": sum(short.items[:100]) / 100, "n": 100}
+    )
+    rows = [
+        make_result(name, metrics={"piqa/acc": accuracy(seed, 0.6, "piqa"), "boolq/acc": short})
+        for name, seed in (("a", 1), ("b", 2))
+    ]
+    half = make_result("half", metrics={"piqa/acc": accuracy(3, 0.6, "piqa")})
+    table = compare([*rows, half]).tables[0]
+    assert table.metrics == ("piqa/acc", "boolq/acc", "average/acc")
+    a, b, c = (row.scores for row in table.blocks[0].rows)
+    piqa, boolq = rows[0].metrics["piqa/acc"], rows[0].metrics["boolq/acc"]
+    assert a["average/acc"].value == pytest.approx((piqa.value + boolq.value) / 2)
+    variance = (np.var(piqa.items, ddof=1) / 400 + np.var(short.items, ddof=1) / 100) / 4
+    assert a["average/acc"].half_width == pytest.approx(1.97 * math.sqrt(variance), rel=0.01)
+    assert "average/acc" not in c
+    assert {a["average/acc"].mark, b["average/acc"].mark} == {"best", "tied"}
+
+
+def test_acc_stands_for_a_task_that_has_acc_norm_too() -> None:
+    keys = [
+        "piqa/acc_norm",
+        "piqa/acc",
+        "hellaswag/acc_norm",
+        "wikitext2/perplexity",
+        "wikitext2/top1_agreement",
+    ]
+    assert task_keys(keys) == ("piqa/acc", "hellaswag/acc_norm")
+
+
+def test_recovery_is_what_is_left_in_either_direction() -> None:
+    def row(method: str, ppl: float, right: int) -> Result:
+        items = [1.0] * right + [0.0] * (100 - right)
+        return make_result(method, metrics={
+            KEY: perplexity([math.log(ppl)] * 4),
+            "piqa/acc": Metric(value=right / 100, n=100, protocol="p", items=items, items_name="correct",
+                               higher_is_better=True)})  # fmt: skip
+
+    fp, rtn = compare([row(BASELINE, 10.0, 80), row("rtn", 12.5, 60)]).tables[0].blocks[0].rows
+    assert (fp.scores[KEY].recovery, fp.scores["piqa/acc"].recovery) == (1.0, 1.0)
+    assert rtn.scores[KEY].recovery == pytest.approx(0.8)
+    assert rtn.scores["piqa/acc"].recovery == pytest.approx(0.75)
+
+
+def test_the_interval_of_a_recovery_of_accuracies_is_the_delta_method_on_pairs() -> None:
+    a, b = accuracy(1, 0.5, "p"), accuracy(2, 0.6, "p")
+    rows = [baseline(metrics={"piqa/acc": b}), make_result("rtn", metrics={"piqa/acc": a})]
+    score = compare(rows).tables[0].blocks[0].rows[1].scores["piqa/acc"]
+    ratio = a.value / b.value
+    residual = np.array(a.items) - ratio * np.array(b.items)
+    expected = 1.966 * residual.std(ddof=1) / 20 / b.value
+    assert score.recovery_half_width == pytest.approx(expected, rel=1e-3)
+
+
+def test_one_record_can_be_given_as_a_file(tmp_path: Path) -> None:
+    paths = [ResultStore(tmp_path).save(result) for result in make_run(("W4A4",))]
+    assert labels(compare(paths[0], str(paths[2]))) == ["full-precision", "smoothquant"]
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(DataError, match=r"broken\.json"):
+        compare(tmp_path / "broken.json")
 
 
 def test_any_method_can_be_the_reference() -> None:

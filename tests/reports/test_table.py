@@ -3,12 +3,13 @@
 import re
 
 import pytest
-from fake_results import baseline, make_result, make_run
+from fake_results import accuracy, baseline, make_result, make_run, seeds
 from rich.cells import cell_len
 
 from qbench.errors import ConfigError
 from qbench.reports.columns import columns, format_half_width, format_seconds, format_value
 from qbench.reports.comparison import compare
+from qbench.results import Metric
 
 WIDTHS = [200, 120, 100, 80, 70, 60, 50, 45]
 DROPPED = "not shown at this width: "
@@ -46,6 +47,7 @@ def test_a_table_fits_and_every_number_is_whole(tasks: int, width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_columns_go_in_the_stated_order_and_the_table_says_so(width: int) -> None:
     order = [
+        "recovery",
         "contract",
         "CPU memory",
         "GPU memory",
@@ -68,8 +70,10 @@ def test_columns_go_in_the_stated_order_and_the_table_says_so(width: int) -> Non
 def test_wide_enough_shows_everything() -> None:
     text = compare(make_run()).render("table", 120)
     assert DROPPED not in text
-    assert re.search(r"affinequant \[1,2\] +W3A16 +26\.66 ±4\.37 \* +1\.059 ±0\.003 +3\.13 +3m12s", text)
-    assert re.search(r"full-precision +W16A16 +25\.17 ±4\.15 +1\.000 +16\.00 +— +— +—", text)
+    assert re.search(
+        r"affinequant \[1,2\] +W3A16 +26\.66 ±4\.37 \* +1\.059 ±0\.003 +94\.4 +3\.13 +3m12s", text
+    )
+    assert re.search(r"full-precision +W16A16 +25\.17 ±4\.15 +1\.000 +100\.0 +16\.00 +— +— +—", text)
 
 
 def test_a_terminal_that_is_far_too_narrow_still_gets_whole_numbers() -> None:
@@ -80,9 +84,51 @@ def test_a_terminal_that_is_far_too_narrow_still_gets_whole_numbers() -> None:
 
 def test_many_metrics_become_several_tables_with_the_costs_kept() -> None:
     text = compare(make_run(tasks=7)).render("table", 80)
-    assert sum("─" in line for line in lines(text)) == 4
+    assert sum("─" in line for line in lines(text)) == 5
     assert "weight" in text and "3m12s" in text
-    assert "± of ratio, ratio" in " ".join(lines(text))
+    assert text.count("÷ FP") == 3 and "± of ratio (--format" in " ".join(lines(text))
+
+
+def test_details_go_first_and_are_named() -> None:
+    def metrics(shift: float) -> dict[str, Metric]:
+        kl = {
+            f"wikitext2/kl_{name}": Metric(value=0.1 + shift, n=9, protocol="kl")
+            for name in ("mean", "p99", "max")
+        }
+        task = {f"piqa/{name}": accuracy(3, 0.5, "piqa (0-shot)") for name in ("acc", "acc_norm")}
+        return {**make_result().metrics, **kl, **task}
+
+    rows = [baseline(), make_result("rtn", metrics=metrics(0.1)), make_result("gptq", metrics=metrics(0.0))]
+    wide, narrow = (compare(rows).render("table", width) for width in (250, 130))
+    for name in ("kl_p99", "kl_max", "acc_norm"):
+        assert name in wide and name not in narrow.partition("* best")[0]
+    assert "KL ↓" in narrow and "acc ↑" in narrow and "not shown at this width: details" in narrow
+    assert "kl_p99" in compare(rows).render("csv")
+
+
+def test_a_table_with_tasks_shows_their_average_and_what_is_left_of_full_precision() -> None:
+    text = compare(make_run(tasks=7)).render("table", 300)
+    assert re.search(r"average +bits/", text)
+    assert re.search(r"0\.481 ±0\.024 \* +94\.5 ±\d\.\d", text)
+    assert "average acc: mean over piqa, arc_easy, hellaswag, winogrande, equally weighted" in text
+    assert "of % of FP: paired question by question" in text
+
+
+@pytest.mark.parametrize("width", [120, 80, 60])
+def test_rows_of_several_seeds_are_one_line_with_their_spread(width: int) -> None:
+    rows = [baseline(), *seeds("rtn", [0.10, 0.12, 0.11]), *seeds("gptq", [0.3, 0.2])]
+    text = compare(rows).render("table", width)
+    assert max(cell_len(line) for line in lines(text)) <= width
+    assert text.count("rtn") == 1 and text.count("gptq") == 1
+    if width > 60:
+        assert re.search(r"rtn .* 0\.32 \(3\)", text) and "(2)" in text
+    assert "values are means over them" in " ".join(text.split())
+
+
+def test_a_balanced_grid_has_its_star() -> None:
+    starred = make_result("abq", "W2A8", options={"bit_balance": True})
+    text = compare([baseline(), starred, make_result("rtn", "W2A8", extra=0.4)]).render("table", 120)
+    assert re.search(r"abq +W2\*A8 ", text) and re.search(r"rtn +W2A8 ", text)
 
 
 def test_rows_of_mixed_protocols_show_their_contract_at_any_width() -> None:
@@ -124,8 +170,8 @@ def test_missing_is_a_dash_and_an_all_missing_column_is_not_printed() -> None:
     text = compare(rows).render("table", 120)
     assert "GPU" not in text
     assert "GPU" not in compare(rows).render("table", 50)  # nor is it named among the columns left out
-    assert "CPU memory" in compare(rows).render("table", 50)
-    assert re.search(r"gptq +W4A4 +— +— +— +12\.5s", text)
+    assert "CPU memory" in " ".join(compare(rows).render("table", 50).split())
+    assert re.search(r"gptq +W4A4 +— +— +— +— +12\.5s", text)
 
 
 @pytest.mark.parametrize(

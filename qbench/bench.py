@@ -1,0 +1,538 @@
+"""One kernel benchmark: shapes × batches × schemes × backends by the timing protocol, and generation with whole models.
+
+The only place where backends and the timing protocol meet. A cell that fails is recorded with its sentence and does not
+stop the others; cells are handed over round by round, so that an interrupted benchmark keeps what it has and the same
+command continues it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qbench import provenance
+from qbench.deploy.backends import BACKENDS, gate
+from qbench.deploy.backends.humming import int8_probe
+from qbench.deploy.backends.layer import Backend, KernelLayer, Request, build
+from qbench.deploy.packed import finished, pack, rounded
+from qbench.errors import ConfigError, UnsupportedSchemeError
+from qbench.evals.latency import (
+    Call,
+    Generation,
+    Protocol,
+    TooSlowError,
+    cache_bytes,
+    generate,
+    interleaved,
+    measure_ceilings,
+    repeatable,
+)
+from qbench.latency import Ceilings, Cell, ShapeSet, Speed, Timing
+from qbench.methods import METHODS
+from qbench.models.loading import architecture_for, load_model
+from qbench.models.shapes import describe
+from qbench.quant import uniform
+from qbench.quant.grid import Grid, check_group_size
+from qbench.quant.uniform import QuantizedWeight
+from qbench.scheme import Scheme
+
+# A norm's matrix is sampled near the identity, so that inputs keep their size.
+MATRIX_NOISE = 0.01
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed.
+
+    Attributes:
+        shapes: (out, in) of each linear.
+        after_norm: Those of them that read a norm and would have its matrix before them.
+        batches: Tokens M.
+        schemes: Formats.
+        backends: Names, in the order in which they are worked off.
+        matrix: Schemes that are also timed with a norm's full matrix before the linear.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    after_norm: frozenset[tuple[int, int]]
+    batches: Sequence[int]
+    schemes: Sequence[Scheme]
+    backends: Sequence[str]
+    matrix: frozenset[Scheme] = frozenset()
+
+
+@dataclass
+class _Candidate:
+    """One row being measured at one shape: its rotated layers and what they were made from."""
+
+    scheme: Scheme
+    matrix: bool
+    dtype: torch.dtype
+    weight: QuantizedWeight
+    layers: list[KernelLayer]
+    build_s: float
+    cold: bool
+    found: dict[str, Any] = field(default_factory=dict)
+    passes: dict[str, Callable[[], list[float]]] = field(default_factory=dict)
+
+
+def shapes_of(models: Iterable[ShapeSet]) -> tuple[list[tuple[int, int]], frozenset[tuple[int, int]]]:
+    """Distinct shapes of several models, and those that read a norm."""
+    models = list(models)
+    shapes = list(dict.fromkeys(shape for model in models for shape in model.shapes))
+    return shapes, frozenset().union(*(model.after_norm for model in models))
+
+
+def load_backends(names: Sequence[str], device: str) -> tuple[dict[str, Backend], list[str]]:
+    """Backends by name, and a sentence for each that cannot work here.
+
+    Raises:
+        ConfigError: For a name that does not exist, or if none of them can work here.
+    """
+    backends = {name: BACKENDS.load(name)() for name in names}
+    reasons = {name: backend.unavailable(device) for name, backend in backends.items()}
+    notes = [f"backend {name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if len(notes) == len(names):
+        raise ConfigError("; ".join(notes) + ". Choose another --backend or --device.")
+    return {name: backend for name, backend in backends.items() if reasons[name] is None}, notes
+
+
+def ceilings(backends: Mapping[str, Backend], device: str, protocol: Protocol) -> Ceilings:
+    """The device's rates by torch's own operations; where humming is in use, by its int8 probe too, if that is higher.
+
+    cuBLAS reaches less than half of a Hopper GPU's int8 rate; a percentage of that would exceed 100.
+    """
+    found = measure_ceilings(device, protocol)
+    if "humming" not in backends:
+        return found
+    try:
+        probe = int8_probe()
+    except Exception as error:  # see _pack
+        return found.model_copy(update={"notes": [*found.notes, f"humming's int8 probe: {_sentence(error)}"]})
+    flops = {**found.flops, "int8": max(found.flops["int8"], probe)}
+    return found.model_copy(update={"flops": flops, "notes": [*found.notes, "int8 by humming's probe"]})
+
+
+def measure(
+    work: Workload,
+    backends: Mapping[str, Backend],
+    device: str,
+    protocol: Protocol,
+    done: Sequence[Cell] = (),
+    deadline: float | None = None,
+) -> Iterable[list[Cell]]:
+    """Time everything, a round (shape, backend, batch) at a time.
+
+    Args:
+        work: What.
+        backends: Those that work here.
+        device: `cpu` or `cuda`.
+        protocol: How.
+        done: Cells of an earlier report: not measured again.
+        deadline: `time.monotonic()` after which no new round is begun.
+
+    Yields:
+        The cells of each round as they are found.
+    """
+    known = {cell.key for cell in done}
+    cache = cache_bytes(device)
+    for name, backend in backends.items():
+        for shape in work.shapes:
+            rows = [(scheme, False) for scheme in work.schemes]
+            rows += [
+                (scheme, True)
+                for scheme in work.schemes
+                if scheme in work.matrix and shape in work.after_norm
+            ]
+            left = {
+                tokens: [row for row in rows if (*shape, tokens, name, str(row[0]), row[1]) not in known]
+                for tokens in work.batches
+            }  # fmt: skip
+            wanted = [row for row in rows if any(row in rows_left for rows_left in left.values())]
+            if not wanted or (deadline is not None and time.monotonic() > deadline):
+                continue
+            generator = torch.Generator(device).manual_seed(SEED)
+            candidates: list[_Candidate] = []
+            refused: list[Cell] = []
+            for scheme, matrix in wanted:
+                made = _pack(backend, shape, scheme, matrix, device, protocol, cache, generator, candidates)
+                if isinstance(made, _Candidate):
+                    candidates.append(made)
+                else:
+                    refused += [
+                        made.model_copy(update={"tokens": t}) for t in work.batches if (scheme, matrix) in left[t]
+                    ]  # fmt: skip
+            if refused:
+                yield refused
+            for tokens in work.batches:
+                chosen = [c for c in candidates if (c.scheme, c.matrix) in left[tokens]]
+                if chosen and not (deadline is not None and time.monotonic() > deadline):
+                    yield _round(name, shape, tokens, chosen, device, protocol, cache, generator)
+            del candidates
+            _release(device)
+
+
+def random_weight(
+    shape: tuple[int, int], scheme: Scheme, device: str, generator: torch.Generator
+) -> QuantizedWeight:
+    """RTN codes of a normal weight: a kernel's time does not depend on the values."""
+    grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size)
+    weight = torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5
+    return uniform.round_to_nearest(weight, *uniform.extremes(weight, grid), grid)
+
+
+def _pack(
+    backend: Backend,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    matrix: bool,
+    device: str,
+    protocol: Protocol,
+    cache: int,
+    generator: torch.Generator,
+    existing: Sequence[_Candidate],
+) -> _Candidate | Cell:
+    """Rotated layers of one row, or the cell (without a batch) that says why there are none."""
+    dtype = backend.dtypes(device)[0]
+    for other in existing:  # the same row, with a matrix before it: the layers are the same
+        if other.scheme == scheme:
+            return _Candidate(scheme, matrix, dtype, other.weight, other.layers, other.build_s, other.cold)
+    empty = partial(
+        Cell, out_features=shape[0], in_features=shape[1], tokens=0, backend=backend.name, scheme=str(scheme),
+        dtype=_name(dtype), norm_matrix=matrix,
+    )  # fmt: skip
+    if scheme.wbits >= 16:
+        return empty(status="refused", message="16-bit weights are the baseline of every row")
+    if scheme.group_size is not None and shape[1] % scheme.group_size:
+        return empty(
+            status="refused", message=f"groups of {scheme.group_size} do not divide {shape[1]} inputs"
+        )
+    grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size)
+    if (reason := backend.refusal(Request(*shape, grid, scheme.abits, device, dtype))) is not None:
+        return empty(status="refused", message=reason)
+    started = time.perf_counter()
+    try:
+        weight = random_weight(shape, scheme, device, generator)
+        layers = [build(backend, weight, scheme.abits, dtype)]
+        count = protocol.copies(layers[0].packed_bytes, cache)
+        layers += [build(backend, weight, scheme.abits, dtype) for _ in range(count - 1)]
+    except UnsupportedSchemeError as error:
+        return empty(status="refused", message=str(error))
+    except Exception as error:  # other people's kernels: whatever they raise belongs into the table
+        return empty(status="failed", message=_sentence(error))
+    cold = count * layers[0].packed_bytes >= protocol.cache_factor * cache
+    return _Candidate(scheme, matrix, dtype, weight, layers, time.perf_counter() - started, cold)
+
+
+def _round(
+    name: str,
+    shape: tuple[int, int],
+    tokens: int,
+    candidates: Sequence[_Candidate],
+    device: str,
+    protocol: Protocol,
+    cache: int,
+    generator: torch.Generator,
+) -> list[Cell]:
+    """Gate and time all rows of one backend at one shape and batch, interleaved with the unquantized layer."""
+    passes: dict[tuple, Callable[[], list[float]]] = {}
+    inputs: dict[torch.dtype, Tensor] = {}
+    failed: dict[int, dict[str, Any]] = {}
+    for dtype in dict.fromkeys(candidate.dtype for candidate in candidates):
+        inputs[dtype] = torch.randn(tokens, shape[1], generator=generator, device=device).to(dtype)
+        count = protocol.copies(shape[0] * shape[1] * dtype.itemsize, cache)
+        dense = [
+            (torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5).to(dtype)
+            for _ in range(count)
+        ]
+        calls = [partial(functional.linear, inputs[dtype], weight) for weight in dense]
+        try:
+            passes[("baseline", dtype)] = repeatable(calls, device, protocol)
+        except TooSlowError as error:
+            return [
+                _cell(name, shape, tokens, c, status="slow", message=f"the unquantized layer: {error}")
+                for c in candidates
+            ]
+    for i, candidate in enumerate(candidates):
+        x = inputs[candidate.dtype]
+        found = candidate.found = {}
+        try:
+            result = gate.check(candidate.layers[0], candidate.weight, x)
+            found |= {"error": result.error, "worst_channel": result.worst_channel}
+            if not result.passed:
+                failed[i] = {"status": "wrong", "message": str(result)}
+                continue
+            found["peak_bytes"] = _peak(candidate.layers[0], x, device)
+            calls, alone = _calls(candidate, x, shape, device, protocol, cache, generator)
+            passes[("layer", i)] = repeatable(calls, device, protocol)
+            if alone:
+                passes[("product", i)] = repeatable(alone, device, protocol)
+        except TooSlowError as error:
+            failed[i] = {"status": "slow", "message": str(error)}
+        except Exception as error:  # see _pack
+            failed[i] = {"status": "failed", "message": _sentence(error)}
+    passes = {key: value for key, value in passes.items() if key[0] == "baseline" or key[1] not in failed}
+    timings: dict[tuple, Timing] = {}
+    if any(key[0] == "layer" for key in passes):
+        timings = interleaved(passes)  # type: ignore[arg-type,assignment]
+    cells = []
+    for i, candidate in enumerate(candidates):
+        outcome = failed.get(i) or {
+            "status": "timed",
+            "layer": timings[("layer", i)],
+            "product": timings.get(("product", i)),
+            "baseline": timings[("baseline", candidate.dtype)],
+        }
+        cells.append(_cell(name, shape, tokens, candidate, **outcome))
+    return cells
+
+
+def _calls(
+    candidate: _Candidate,
+    x: Tensor,
+    shape: tuple[int, int],
+    device: str,
+    protocol: Protocol,
+    cache: int,
+    generator: torch.Generator,
+) -> tuple[list[Call], list[Call]]:
+    """Calls of the whole row, and of its product alone where the row needs more than the product."""
+    layers = candidate.layers
+    prepared = layers[0].prepare(x)
+    alone: list[Call] = []
+    if candidate.matrix or candidate.scheme.abits < 16:
+        alone = [partial(layer.product, *prepared) for layer in layers]
+    if not candidate.matrix:
+        return [partial(layer, x) for layer in layers], alone
+    width = shape[1]
+    count = protocol.copies(width * width * candidate.dtype.itemsize, cache)
+    noise = MATRIX_NOISE / width**0.5
+    matrices = [
+        (torch.eye(width, device=device) + noise * torch.randn(width, width, generator=generator, device=device))
+        .to(candidate.dtype)
+        for _ in range(count)
+    ]  # fmt: skip
+
+    def transformed(layer: KernelLayer, matrix: Tensor) -> Tensor:
+        return layer(x @ matrix)
+
+    return [partial(transformed, layer, matrices[i % count]) for i, layer in enumerate(layers)], alone
+
+
+def _cell(name: str, shape: tuple[int, int], tokens: int, candidate: _Candidate, **outcome: Any) -> Cell:
+    return Cell(
+        out_features=shape[0],
+        in_features=shape[1],
+        tokens=tokens,
+        backend=name,
+        scheme=str(candidate.scheme),
+        dtype=_name(candidate.dtype),
+        norm_matrix=candidate.matrix,
+        arithmetic=candidate.layers[0].arithmetic,
+        packed_bytes=candidate.layers[0].packed_bytes,
+        build_s=candidate.build_s,
+        cold=candidate.cold,
+        **candidate.found,
+        **outcome,
+    )
+
+
+def _peak(layer: KernelLayer, x: Tensor, device: str) -> int | None:
+    """Device memory that one call takes on top of what is there."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    layer(x)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _release(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _sentence(error: Exception) -> str:
+    """Class and first line of a foreign error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(": ")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def schemes_with_matrix(
+    schemes: Sequence[Scheme], method: str | None, always: bool, configs: Sequence[Any]
+) -> list[Scheme]:
+    """Schemes whose rows need a full matrix after each norm: all if asked for, else as the method's preset says.
+
+    Raises:
+        ConfigError: For an unknown method.
+        UnsupportedSchemeError: If the method cannot do a scheme on one of the models.
+    """
+    if always:
+        return list(schemes)
+    if method is None:
+        return []
+    planner = METHODS.load(method)()
+    needing = []
+    for config in configs:
+        _, spec, _ = describe(config)
+        for scheme in schemes:
+            resolved = planner.resolve(scheme, spec)
+            resolved.check(scheme, spec)
+            if getattr(resolved, "use_ln_matrix", False) and scheme not in needing:
+                needing.append(scheme)
+    return needing
+
+
+def environment() -> dict[str, Any]:
+    """Versions that decide a kernel's time, and this package's commit."""
+    names = ("torch", "triton", "humming-kernels", "gemlite")
+    found = {name: _version(name) for name in names}
+    return {
+        "packages": {name: version for name, version in found.items() if version},
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "commit": provenance.git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Generating:
+    """What whole models are asked to do.
+
+    Attributes:
+        batch: Sequences at once.
+        prompt_tokens: Tokens of each prompt.
+        new_tokens: Steps after the prompt.
+        checkpoint: Folder of a finished lane; without one, weights are rounded to nearest on the spot.
+    """
+
+    batch: int = 1
+    prompt_tokens: int = 512
+    new_tokens: int = 64
+    checkpoint: str | None = None
+
+
+def speeds(
+    name: str,
+    make: Callable[[torch.dtype], Any],
+    schemes: Sequence[Scheme],
+    backends: Mapping[str, Backend],
+    device: str,
+    work: Generating,
+    done: Sequence[Speed] = (),
+) -> Iterable[Speed | str]:
+    """Generation with the model as it is, once per type, then packed in every way.
+
+    Args:
+        name: For the records.
+        make: Gives the dense model of a type, on the device; called anew for each row, which then owns it.
+        schemes: Formats.
+        backends: Those that work here.
+        device: `cpu` or `cuda`.
+        work: What is generated.
+        done: Rows of an earlier report: not measured again.
+
+    Yields:
+        Rows as they are found, or a sentence for a row that could not be made.
+    """
+    known = {(s.model, s.backend, s.scheme, s.dtype, s.batch, s.prompt_tokens, s.new_tokens) for s in done}
+    for backend_name, backend in backends.items():
+        dtype = backend.dtypes(device)[0]
+        for scheme in (None, *schemes):
+            row = ("none", "W16A16") if scheme is None else (backend_name, str(scheme))
+            key = (name, *row, _name(dtype), work.batch, work.prompt_tokens, work.new_tokens)
+            if key in known:
+                continue
+            known.add(key)
+            model = None
+            try:
+                model = make(dtype)
+                if scheme is not None:
+                    _pack_model(model, scheme, backend, work.checkpoint)
+                _release(device)
+                found = generate(model, work.batch, work.prompt_tokens, work.new_tokens)
+                yield _speed(key, found, model, work)
+            except ConfigError as error:
+                yield f"{name}, {row[1]} by {row[0]}: {error}"
+            except Exception as error:  # see _pack
+                yield f"{name}, {row[1]} by {row[0]}: {_sentence(error)}"
+            del model
+            _release(device)
+
+
+def _pack_model(model: Any, scheme: Scheme, backend: Backend, checkpoint: str | None) -> None:
+    """Replace every block by its packed form, each dense one leaving memory before the next is packed."""
+    architecture = architecture_for(model.config)
+    blocks = model.get_submodule(architecture.blocks)
+    spec = architecture.block_spec(blocks[0], model.config)
+    check_group_size(scheme.group_size, {role: width for role, (_, width) in spec.shapes.items()})
+    state = finished(checkpoint, len(blocks), scheme) if checkpoint is not None else None
+    for i in range(len(blocks)):
+        with torch.no_grad():
+            found = rounded(blocks[i], spec, scheme) if state is None else state(i)
+            blocks[i] = pack(blocks[i], spec, found, backend, scheme)
+
+
+def _speed(key: tuple, found: Generation, model: Any, work: Generating) -> Speed:
+    name, backend, scheme, dtype, batch, prompt_tokens, new_tokens = key
+    tensors = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*model.parameters(), *model.buffers())
+        if t.numel()
+    }
+    notes = list(found.notes)
+    if backend != "none":
+        notes.append("codes of a finished run" if work.checkpoint else "rounded to nearest")
+    return Speed(
+        model=name,
+        backend=backend,
+        scheme=scheme,
+        dtype=dtype,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        prefill_tokens_per_s=batch * prompt_tokens / found.prefill_s,
+        decode_tokens_per_s=batch / found.step_s,
+        graphed_tokens_per_s=batch / found.graphed_step_s if found.graphed_step_s else None,
+        weight_bytes=sum(tensors.values()),
+        peak_bytes=found.peak_bytes,
+        notes=notes,
+    )
+
+
+def random_model(config: Any, dtype: torch.dtype, device: str) -> Any:
+    """A model of a configuration with random weights, made on the device."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def loaded_model(name: str, dtype: torch.dtype, device: str) -> Any:
+    """A model's own weights, on the device."""
+    return load_model(name, dtype=_name(dtype)).model.to(device)

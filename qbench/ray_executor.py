@@ -1,0 +1,125 @@
+"""The Ray executor: groups of cells as tasks of a cluster, an existing one or one that is started on this machine.
+
+Ray schedules, restarts what dies and moves what is said; qbench writes no scheduler. Rows arrive in the store of the
+machine that the sweep was started on; where the nodes share that folder, checkpoints survive a node as well.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qbench.cells import ExecutorConfig
+from qbench.errors import ConfigError
+from qbench.executors import PACKAGE_ROOT, Event, Job
+
+LOOK_S = 0.1  # between looks at what Ray has
+
+
+def _work(job: Mapping[str, Any], events: Any) -> None:
+    """The task: what `worker.work` does, its events sent to the sweep."""
+    from qbench.worker import work
+
+    work(job, lambda event: events.put(event))
+
+
+class RayExecutor:
+    """Jobs as Ray tasks."""
+
+    def __init__(self, config: ExecutorConfig) -> None:
+        """Connect to the cluster, or start one here.
+
+        Raises:
+            ConfigError: If Ray is not installed, or the cluster cannot be reached.
+        """
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError(
+                "executor ray: the package ray is not installed. Install qbench[ray], or use --executor local."
+            ) from None
+        self._ray = ray
+        self._started = not ray.is_initialized()
+        if self._started:
+            self._connect(config)
+        resources = ray.cluster_resources()
+        gpus = config.gpus if config.gpus is not None else min(1.0, resources.get("GPU", 0.0))
+        total = max(1.0, resources.get("CPU", 1.0))
+        by_gpu = int(resources.get("GPU", 0.0) / gpus) if gpus else 0
+        by_cpu = int(total / config.cpus) if config.cpus else 0
+        self.slots = config.workers or by_gpu or by_cpu or 1
+        cpus = config.cpus or max(1.0, total // self.slots)
+        self._options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": config.retries}
+        if config.memory_gib is not None:
+            self._options["memory"] = int(config.memory_gib * 2**30)
+        paths = [str(PACKAGE_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {"PYTHONPATH": os.pathsep.join(paths)}
+        # Ray sets OMP_NUM_THREADS to the task's CPUs unless told otherwise; codes depend on it in their last bits.
+        if "OMP_NUM_THREADS" in os.environ:
+            variables["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
+        self._options["runtime_env"] = {"env_vars": variables}
+        self._running: dict[Job, tuple[Any, Any]] = {}
+
+    def _connect(self, config: ExecutorConfig) -> None:
+        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+        try:
+            if config.address is not None:
+                self._ray.init(address=config.address, **common)
+            else:
+                count = int((config.cpus or 1) * config.workers) if config.workers else None
+                self._ray.init(num_cpus=count, include_dashboard=False, **common)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"executor ray: no cluster at {config.address or 'this machine'}: {reason.rstrip('.')}. "
+                "Start one with `ray start --head`, or leave the address out."
+            ) from None
+
+    def start(self, job: Job) -> None:
+        """See `Executor`."""
+        from ray.util.queue import Queue
+
+        events = Queue(actor_options={"num_cpus": 0})
+        task = self._ray.remote(_work).options(**self._options).remote(job.as_json(), events)
+        self._running[job] = (task, events)
+
+    def events(self, timeout: float) -> Iterator[tuple[Job, Event]]:
+        """See `Executor`."""
+        until = time.monotonic() + timeout
+        said = False
+        while not said and self._running:
+            for job, (task, events) in list(self._running.items()):
+                ended = bool(
+                    self._ray.wait([task], timeout=0)[0]
+                )  # looked at first: then nothing is said after
+                while not events.empty():
+                    said = True
+                    yield job, events.get()
+                if ended:
+                    said = True
+                    del self._running[job]
+                    events.shutdown(force=True)
+                    yield job, {"event": "exit", "crash": self._crash(task)}
+            if time.monotonic() >= until:
+                return
+            if not said:
+                time.sleep(LOOK_S)
+
+    def _crash(self, task: Any) -> str | None:
+        try:
+            self._ray.get(task)
+        except self._ray.exceptions.RayTaskError as error:  # a bug: the exception as it was raised there
+            return f"its task raised {str(error.cause or error).strip().splitlines()[-1]}"
+        except self._ray.exceptions.RayError as error:  # a worker that died more often than it is replaced
+            return f"its worker died: {str(error).strip().splitlines()[0]}"
+        return None
+
+    def close(self) -> None:
+        """See `Executor`."""
+        for task, _ in self._running.values():
+            self._ray.cancel(task, force=True)
+        self._running.clear()
+        if self._started:
+            self._ray.shutdown()
