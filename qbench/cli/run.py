@@ -72,6 +72,7 @@ METHOD_OPTIONS: dict[str, tuple[type, str]] = {
     "use_ln_matrix": (bool, "full matrices after the norms"),
     "sf": (float, "stability factor of the gradual mask"),
     "aug_loss": (bool, "auxiliary loss"),
+    "shift": (bool, "learn shifts as well"),
     "alpha": (float, "exponent of the initial scales"),
     "let_lr": (float, "learning rate of the transforms"),
     "lwc_lr": (float, "learning rate of the clipping"),

@@ -93,13 +93,15 @@ class CompressedTensorsFormat:
                 "strategy": "token",
                 "dynamic": True,
             }
+        form = "pack-quantized" if self.packed else "int-quantized"
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized" if self.packed else "int-quantized",
+            "format": form,
             "quantization_status": "compressed",
             "config_groups": {
                 "group_0": {
                     "targets": ["Linear"],
+                    "format": form,
                     "weights": weights,
                     "input_activations": inputs,
                     "output_activations": None,

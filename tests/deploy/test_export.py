@@ -34,9 +34,11 @@ def certify(loaded, result, format_, folder: Path, tokens: torch.Tensor) -> Runt
     return check_dequantized(loaded, result, format_, folder, probe, expected)
 
 
+SHIFTED = {"let": True, "shift": True, "epochs": 1}
+
 WHOLE = [
     pytest.param("gptq", "llama", "affinequant", "W4A16g16", FOLDED, id="gptq llama affinequant"),
-    pytest.param("gptq", "opt", "omniquant", "W3A16g32", {"let": True, "shift": True, "epochs": 1}, id="gptq opt shift"),
+    pytest.param("gptq", "opt", "omniquant", "W3A16g32", SHIFTED, id="gptq opt shift"),
     pytest.param("gptq", "llama", "rtn", "W2A16g16", {}, id="gptq 2 bits"),
     pytest.param("awq", "llama", "rtn", "W4A16g16", {}, id="awq"),
     pytest.param("compressed-tensors", "qwen3", "rtn", "W3A16g16", {}, id="compressed-tensors 3 bits"),
