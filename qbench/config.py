@@ -24,7 +24,7 @@ Name = Annotated[str, Field(min_length=1)]
 Model = TypeVar("Model", bound=BaseModel)
 
 # Where a run's files lie and whether it starts over changes no number: these stay out of the hash.
-PLACES = {"output", "save_dir", "export", "resume", "restart"}
+PLACES = {"output", "save_dir", "export", "save_act_scales", "resume", "restart"}
 
 
 class _Section(BaseModel):
@@ -46,6 +46,13 @@ class CalibrationConfig(_Section):
         None, ge=2, description="Tokens per window. Default: 2048, or the model's limit if that is smaller."
     )
     seed: int = Field(2, ge=0, description="Seed of the calibration windows and of everything random.")
+    act_scales: str | None = Field(
+        None,
+        description="Largest inputs per channel from this act_scales file (.pt) instead of those observed.",
+    )
+    act_shifts: str | None = Field(
+        None, description="Centres per channel from this act_shifts file (.pt) instead of those observed."
+    )
 
 
 class EvalConfig(_Section):
@@ -158,7 +165,14 @@ class RunConfig(_Section):
         [],
         description="Write each quantized model in this format, certified, to save_dir or OUTPUT/exports; repeatable.",
     )
-    resume: str | None = Field(None, description="Continue from the checkpoints in this folder.")
+    save_act_scales: str | None = Field(
+        None, description="Also write the observed channel ranges: act_scales and act_shifts in this folder."
+    )
+    resume: str | None = Field(
+        None,
+        description="Continue from the checkpoints in this folder; or evaluate the parameters in this file (.pth) "
+        "of the authors' OmniQuant or AffineQuant.",
+    )
     restart: bool = Field(False, description="Ignore earlier checkpoints and results.")
 
     @model_validator(mode="wrap")
@@ -214,6 +228,22 @@ class RunConfig(_Section):
         return yaml.safe_dump(
             self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110
         )
+
+
+class ScoreConfig(_Section):
+    """A model to measure as it is."""
+
+    model: Name = Field(description="A hub name, a local folder, or an embedded model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    fidelity_to: str | None = Field(
+        None,
+        description="The full-precision model it was made from: scored too, and compared with.",
+    )
+    evals: EvalConfig = EvalConfig()
+    compute: ComputeConfig = ComputeConfig()
+    output: Name = Field("results", description="Folder of the result records.")
+    restart: bool = Field(False, description="Ignore earlier measurements of the full-precision model.")
 
 
 def validated(model: type[Model], data: Mapping[str, Any], what: str) -> Model:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,7 @@ def score(
     device: torch.device,
     progress: Progress | None = None,
     references: Path | None = None,
+    resident: bool = False,
 ) -> Scores:
     """Measure the model as it is now.
 
@@ -204,10 +206,11 @@ def score(
         device: Where to compute; the model is back on the CPU afterwards.
         progress: Called after each pass.
         references: Folder of the full-precision model's answers (`write_references`); without it nothing is compared.
+        resident: The model is on the device already and stays there.
     """
     metrics: dict[str, Metric] = {}
     generations: list[Generation] = []
-    with on_device(model, blocks, device):
+    with nullcontext() if resident else on_device(model, blocks, device):
         for text in suite.texts:
             ids = text.windows.ids
             batch_size = suite.windows_per_pass(device, ids.shape[1])

@@ -132,7 +132,7 @@ class Speed(_Record):
         model: Name, or the shapes that random weights have.
         backend: Or `none` for the model as it was given.
         prefill_tokens_per_s: Prompt tokens of all sequences over the time of one forward pass.
-        decode_tokens_per_s: New tokens of all sequences over the time of the steps, called one by one.
+        decode_tokens_per_s: New tokens of all sequences over the median time of a step, called one by one.
         graphed_tokens_per_s: The same steps replayed as one CUDA graph each, None where that is not possible.
         weight_bytes: Parameters and buffers of the model.
         peak_bytes: Device memory at its highest, None on a CPU.

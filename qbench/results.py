@@ -138,8 +138,8 @@ class MemoryRecord(_Record):
 
     @property
     def bits_per_linear_weight(self) -> float:
-        """Stored bits per weight of the blocks' linears."""
-        return 8 * self.linear_bytes / self.n_linear_weights
+        """Stored bits per weight of the blocks' linears; 0 where there are none."""
+        return 8 * self.linear_bytes / max(1, self.n_linear_weights)
 
 
 class Generation(_Record):

@@ -21,6 +21,7 @@ from qbench.data.text import load_text, parse_dataset
 from qbench.data.windows import TokenWindows, draw_calibration
 from qbench.deploy.export import foresee
 from qbench.engine import attention
+from qbench.engine.channel_files import ChannelFiles, read_channels, write_channels
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.install import quantized
 from qbench.engine.progress import Listener
@@ -140,10 +141,12 @@ def check_request(config: RunConfig, wanted: Sequence[Wanted]) -> list[Method]:
     if config.save_dir is not None:
         require_writable(config.save_dir, "save-dir")
     require_distinct(config, wanted)
+    if config.save_act_scales is not None:
+        require_writable(config.save_act_scales, "save-act-scales")
     if config.resume is not None and not Path(config.resume).is_dir():
         raise ConfigError(
-            f"resume={config.resume!r} is not a folder. Give the output folder of an earlier run; the parameter files "
-            "(.pth) of the authors' programs are not read by this version."
+            f"resume={config.resume!r} is not a folder. Give the output folder of an earlier run; a parameter file "
+            "(.pth) is an option of its method: {name: omniquant, options: {parameters: FILE}}."
         )
     choose_device(config.compute.device)
     return methods
@@ -216,11 +219,14 @@ def run_pass(
     cells = _cells(wanted, methods, loaded)
     settings = _settings(config, device, loaded)
 
+    files = _channel_files(config, loaded)
     listener.stage("calibration")
     calibration, suite, notes = _texts(config, loaded)
     contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
     store = ResultStore(config.output)
-    common = _Common(config, loaded, settings, calibration, suite, contract, fields, store, listener, notes)
+    common = _Common(
+        config, loaded, settings, calibration, suite, contract, fields, store, listener, notes, files
+    )
     waiting = [cell for cell in cells if _stored(common, cell) is None]
     if config.resume is not None and waiting and not any(_has_blocks(common, cell) for cell in waiting):
         raise ConfigError(
@@ -300,7 +306,7 @@ def _cells(wanted: Sequence[Wanted], methods: Sequence[Method], loaded: LoadedMo
 def _stored(common: _Common, cell: _Cell) -> Result | None:
     """The row of an earlier run, if nothing has to be done for it again."""
     config = common.config
-    if config.restart:
+    if config.restart or config.save_act_scales is not None:
         return None
     row = common.store.find(_row_id(common, cell.method.name, cell.scheme, cell.options, trained=True))
     return row if row is not None and _same_code(row) else None
@@ -378,8 +384,13 @@ def _compute(common: _Common, cells: Sequence[_Cell], result: PassResult) -> Non
             _fail(common, cell, result, error)
     finished = reconstruct(
         loaded.model, list(loaded.blocks), loaded.spec, [lane for _, lane in lanes], common.calibration.ids,
-        common.settings, common.listener,
+        common.settings, common.listener, common.files,
     )  # fmt: skip
+    if common.config.save_act_scales is not None and common.files is not None:
+        folder, name = Path(common.config.save_act_scales), Path(loaded.name).name
+        paths = write_channels(folder, name, common.files, loaded.spec, loaded.architecture.blocks)
+        common.listener.note(f"channel ranges written to {' and '.join(map(str, paths))}")
+        common.files.observed.clear()  # the next part of the pass observes the same
     for (cell, lane), quantized_lane in zip(lanes, finished, strict=True):
         if quantized_lane.error is not None:
             _fail(common, cell, result, quantized_lane.error)
@@ -406,6 +417,17 @@ class _Common:
     store: ResultStore
     listener: Listener
     notes: Sequence[str]
+    files: ChannelFiles | None = None
+
+
+def _channel_files(config: RunConfig, loaded: LoadedModel) -> ChannelFiles | None:
+    """Channel ranges that are given, and whether observed ones are to be written."""
+    given = [
+        None if path is None else read_channels(path, loaded.spec, loaded.architecture.blocks)
+        for path in (config.calibration.act_scales, config.calibration.act_shifts)
+    ]
+    keep = config.save_act_scales is not None
+    return ChannelFiles(*given, keep) if keep or any(channels is not None for channels in given) else None
 
 
 def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> EngineSettings:
@@ -485,6 +507,11 @@ def _contract_fields(
             "n_samples": len(calibration.ids),
             "seq_len": calibration.ids.shape[1],
             "bos": calibration.bos_policy,
+            **{
+                name: provenance.fingerprint_file(path)
+                for name in ("act_scales", "act_shifts")
+                if (path := getattr(config.calibration, name)) is not None
+            },
         },
         "evaluation": suite.contract_fields(),
         "operands": {

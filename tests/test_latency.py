@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from qbench.cli.bench import read
 from qbench.latency import Ceilings, Cell, Report, ShapeSet, Timing, break_even, floor_us, scheme_bytes
 from qbench.reports.latency import as_markdown, tables
 
+REPO = Path(__file__).resolve().parent.parent
 CEILINGS = Ceilings(read_bytes_per_s=4.3e12, flops={"float16": 700e12, "int8": 1900e12})
 
 
@@ -113,6 +117,17 @@ def test_what_was_not_timed_is_listed_with_its_reason() -> None:
     assert "| W4A16g128 humming | wrong | 9 ·" in text
     assert "| W4A16g128 humming | wrong | relative error 0.4 | 4096×4096 at 1 |" in text
     assert "| W4A8g128 humming | refused | group scales | 4096×4096 at 1 |" in text
+
+
+def test_fewer_bits_than_eight_on_both_sides_are_labelled_as_what_they_run_as() -> None:
+    text = as_markdown(report(cell(scheme="W4A4", arithmetic="int8 arithmetic: 4-bit weights …")))
+    assert "| W4A4 humming (int8 arithmetic) | 9 ·" in text
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "experiments").glob("kernels-*.json")), ids=lambda f: f.stem)
+def test_the_page_shows_what_was_measured(file: Path) -> None:
+    """`python benchmarks/kernels.py render` was run after the last change."""
+    assert as_markdown(read(file)) in (REPO / "docs" / "kernels.md").read_text()
 
 
 def test_report_survives_its_json() -> None:

@@ -22,6 +22,7 @@ COMMANDS = Registry(
     {
         "run": "qbench.cli.run:run",
         "sweep": "qbench.cli.sweep:sweep",
+        "eval": "qbench.cli.eval:evaluate",
         "compare": "qbench.cli.compare:compare",
         "export": "qbench.cli.export:export",
         "report": "qbench.cli.report:report",
@@ -34,6 +35,7 @@ COMMANDS = Registry(
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
     "sweep": "Compute methods × schemes × models × seeds, resumable, in as few passes as possible.",
+    "eval": "Measure any model folder as it is, and against full precision.",
     "compare": "Compare the results in one or more folders.",
     "export": "Write a row as a model folder for other programs, certified.",
     "report": "Tables and a page for papers and readers.",

@@ -49,11 +49,21 @@ BACKENDS = {"cpu": ("torch",), "cuda": ("humming", "torch", "gemlite")}
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Default: auto.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: torch's.")
-@click.option("--loop-seconds", default=1.0, show_default=True, help="Length of one measurement on a CPU.")
+@click.option(
+    "--loop-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Length of one measurement on a CPU.",
+)
 @click.option(
     "--slow-seconds", default=10.0, show_default=True, help="Rows that need longer are called slow."
 )
-@click.option("--max-minutes", type=float, help="Begin nothing after this; the same command continues.")
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Begin nothing after this; the same command continues.",
+)
 @click.option("--output", "-o", default="results/bench.json", show_default=True, help="The report, JSON.")
 @click.option("--restart", is_flag=True, help="Measure again what the output already holds.")
 @click.option("--render", is_flag=True, help="Measure nothing: print the report that --output holds.")

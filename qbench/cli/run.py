@@ -7,8 +7,9 @@ field of its name. Nothing here has a default of its own.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
@@ -18,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from qbench.config import MethodRequest, RunConfig, read_mapping, validated
 from qbench.errors import ConfigError, suggest
-from qbench.results import require_writable
+from qbench.results import Result, require_writable
 from qbench.scheme import Scheme
 
 # Section of --help -> (flags, path of the field in RunConfig).
@@ -34,6 +35,8 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--nsamples --n-samples", "calibration.n_samples"),
         ("--seqlen --seq-len", "calibration.seq_len"),
         ("--seed", "calibration.seed"),
+        ("--act-scales", "calibration.act_scales"),
+        ("--act-shifts", "calibration.act_shifts"),
         ("--seeds", "seeds"),
     ],
     "Evaluation": [
@@ -60,6 +63,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--output -o --output-dir", "output"),
         ("--save-dir", "save_dir"),
         ("--export", "export"),
+        ("--save-act-scales", "save_act_scales"),
         ("--resume", "resume"),
         ("--restart", "restart"),
     ],
@@ -96,15 +100,14 @@ class _Command(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(parameter, click.Argument):
                 sections.setdefault(getattr(parameter, "section", "Other"), []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
 
 
-def _field(path: str) -> FieldInfo:
-    model: type[BaseModel] = RunConfig
+def _field(path: str, model: type[BaseModel] = RunConfig) -> FieldInfo:
     *sections, name = path.split(".")
     for section in sections:
         annotation = model.model_fields[section].annotation
@@ -113,21 +116,21 @@ def _field(path: str) -> FieldInfo:
     return model.model_fields[name]
 
 
-def _help(path: str) -> str:
+def _help(path: str, model: type[BaseModel] = RunConfig) -> str:
     """A field's description, with its default if that says something the description does not."""
-    field = _field(path)
+    field = _field(path, model)
     default = field.get_default(call_default_factory=True)
-    if default in (None, False, []) or "Default:" in (field.description or ""):
+    if default is None or default is False or default == [] or "Default:" in (field.description or ""):
         return field.description or ""
     shown = [getattr(item, "name", item) for item in default] if isinstance(default, list) else [default]
     return f"{field.description} Default: {', '.join(map(str, shown))}."
 
 
-def _config_option(section: str, flags: str, path: str) -> _Option:
-    """An option for a field of RunConfig: its type from the annotation, its help from the description."""
-    field = _field(path)
+def _config_option(section: str, flags: str, path: str, model: type[BaseModel] = RunConfig) -> _Option:
+    """An option for a configuration's field: its type from the annotation, its help from the description."""
+    field = _field(path, model)
     kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
-    attributes: dict[str, Any] = {"help": _help(path), "default": None}
+    attributes: dict[str, Any] = {"help": _help(path, model), "default": None}
     if kinds == [bool]:
         attributes["is_flag"] = True
     elif kinds == [int]:
@@ -244,8 +247,19 @@ def _run(**given: Any) -> None:
 
     with listening() as listener:
         results = runner.run(config, listener)
+    echo_generations(results)
     # All rows are of this run; whatever sets them apart is printed, not refused after the work is done.
     show(compare(results, allow_mixed=True), given["format_"])
+
+
+def echo_generations(results: Sequence[Result]) -> None:
+    """Greedy continuations side by side, on stderr: full precision above, the row's below."""
+    for row in results:
+        for i, made in enumerate(row.generations, 1):
+            place = f"first difference at token {made.differs_at}"
+            click.echo(f"\n{row.method} {row.scheme}, prompt {i}: {place}", err=True)
+            for label, text in (("prompt", made.prompt[-100:]), ("full", made.reference), ("row", made.text)):
+                click.echo(f"  {label:7}{text!r}", err=True)
 
 
 def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
@@ -255,6 +269,9 @@ def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         ConfigError: For anything that is wrong with the request.
     """
     request = read_mapping(given["config"]) if given["config"] else {}
+    parameters = None
+    if given["resume"] is not None and _is_parameter_file(given["resume"]):
+        parameters, given = given["resume"], given | {"resume": None}
     for _, path in (row for rows in CONFIG_OPTIONS.values() for row in rows):
         value = given[path.replace(".", "__")]
         if value is not None and value != ():
@@ -274,8 +291,15 @@ def resolve(given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
         if given[f"method__{name}"] is not None
     ]
     settings += [_parse_setting(text) for text in given["settings"]]
+    if parameters is not None:
+        settings.append(_Setting(None, "parameters", parameters, "--resume FILE"))
     requests, remarks = _apply(config.methods, settings, given["published_form"])
     return config.model_copy(update={"methods": requests}), remarks
+
+
+def _is_parameter_file(path: str) -> bool:
+    """Whether --resume names a file of learned parameters rather than a run's folder."""
+    return Path(path).is_file() or (path.endswith((".pth", ".pt")) and not Path(path).is_dir())
 
 
 def _put(request: dict[str, Any], path: str, value: Any) -> None:

@@ -16,13 +16,13 @@ PROBABILITY_FLOOR = (
 
 def mse(inputs: LossInputs) -> Tensor:
     """Mean squared error to the full-precision path."""
-    return functional.mse_loss(inputs.output.float(), inputs.target)
+    return functional.mse_loss(inputs.output.to(inputs.target.dtype), inputs.target)
 
 
 def mse_with_auxiliary(inputs: LossInputs) -> Tensor:
     """The same plus the error to the full-precision block on the quantized path's input (`aug_loss` of both codes)."""
     assert inputs.same_input_target is not None
-    return mse(inputs) + functional.mse_loss(inputs.output.float(), inputs.same_input_target)
+    return mse(inputs) + functional.mse_loss(inputs.output.to(inputs.target.dtype), inputs.same_input_target)
 
 
 def distribution_correction(inputs: LossInputs) -> Tensor:
@@ -35,7 +35,9 @@ def distribution_correction(inputs: LossInputs) -> Tensor:
     assert inputs.same_input_target is not None
     loss = mse_with_auxiliary(inputs)
     for target in (inputs.target, inputs.same_input_target):
-        cosine = functional.cosine_similarity(inputs.output.float(), target, dim=-1)  # [windows, tokens]
+        cosine = functional.cosine_similarity(
+            inputs.output.to(inputs.target.dtype), target, dim=-1
+        )  # [windows, tokens]
         loss = loss - cosine.mean(-1).abs().log().mean()
     return loss
 

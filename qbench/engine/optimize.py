@@ -105,14 +105,14 @@ class Step:
         self.micro = settings.micro_batch or settings.batch_size
 
         def buffer(*shape: int) -> Tensor:
-            return torch.empty(settings.batch_size, *shape, device=settings.device)
+            return torch.empty(settings.batch_size, *shape, device=settings.device, dtype=settings.dtype)
 
         shape = windows.inputs.shape[1:]
         self.inputs, self.target = buffer(*shape), buffer(*shape)
         self.same_input = buffer(*shape) if windows.same_input is not None else None
         self.attention = buffer(shape[0], shape[0]) if windows.attention is not None else None
         self.maps = Maps() if windows.attention is not None else None
-        self.loss = torch.zeros((), device=settings.device)
+        self.loss = torch.zeros((), device=settings.device, dtype=settings.dtype)
         self.scaler = (
             torch.amp.GradScaler(settings.device.type) if settings.autocast == torch.float16 else None
         )

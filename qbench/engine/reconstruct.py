@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qbench.engine import attention
 from qbench.engine.activations import ActivationStats, Observer
 from qbench.engine.capture import block_inputs, move, reaching
+from qbench.engine.channel_files import ChannelFiles
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import HiddenStates, choose_placement
 from qbench.engine.optimize import FitReport, Windows, fit
@@ -143,11 +144,13 @@ class _Stream:
                 shape = (len(ids), *hidden.shape[1:])
                 # float32: the full-precision path's inputs and outputs, each lane's inputs, and one lane's outputs
                 # and second target
-                n_bytes = (4 + n_lanes) * 4 * hidden.numel() * len(ids)
+                n_bytes = (4 + n_lanes) * settings.dtype.itemsize * hidden.numel() * len(ids)
                 placement = settings.placement or choose_placement(n_bytes, settings.device, settings.scratch)
-                self.inputs = HiddenStates(shape, settings.device, placement, folder=settings.scratch)
-                self.kwargs = move(kwargs, settings.device, torch.float32)
-            self.inputs.write(i, hidden.float())
+                self.inputs = HiddenStates(
+                    shape, settings.device, placement, settings.dtype, settings.scratch
+                )
+                self.kwargs = move(kwargs, settings.device, settings.dtype)
+            self.inputs.write(i, hidden.to(settings.dtype))
 
     def fall_back(self, what: str) -> None:
         """Go from float16 to bfloat16 for the rest of the pass, if that is allowed; otherwise raise."""
@@ -187,7 +190,7 @@ class _Stream:
         for start in range(0, len(inputs), size):
             with self.settings.autocast_context():
                 out = block(inputs.read(start, min(start + size, len(inputs))), **self.kwargs)
-            use(start, out.float())
+            use(start, out.to(self.settings.dtype))
 
     @torch.no_grad()
     def attention_maps(self, block: PreparedBlock, inputs: HiddenStates) -> HiddenStates:
@@ -219,7 +222,7 @@ class _Stream:
             with self.settings.autocast_context():
                 x, _ = reaching(linear, functools.partial(block, windows, **self.kwargs))
                 x = linear.operand(x)
-            x = x.float().reshape(-1, x.shape[-1])
+            x = x.to(self.settings.dtype).reshape(-1, x.shape[-1])
             total = x.T @ x if total is None else total.addmm_(x.T, x)
         assert total is not None
         return total.div_(len(inputs) * inputs.shape[1])
@@ -246,6 +249,7 @@ def reconstruct(
     ids: Tensor,
     settings: EngineSettings,
     listener: Listener | None = None,
+    files: ChannelFiles | None = None,
 ) -> list[LaneResult]:
     """Quantize every block for every lane; the model itself is left unchanged.
 
@@ -257,6 +261,7 @@ def reconstruct(
         ids: Calibration windows [n, seq].
         settings: Device, precision, batch size, placement.
         listener: Told of progress.
+        files: Input statistics given or to be kept; None: methods see what is observed.
 
     Returns:
         One result per lane, in order. A lane that broke down has its `error` set and the blocks before it.
@@ -268,23 +273,24 @@ def reconstruct(
     results = [LaneResult(lane) for lane in lanes]
     # A lane whose blocks are all finished is read, not run: nobody needs its activations.
     finished = [lane.has_block(len(blocks) - 1) for lane in lanes]
-    if not all(finished):
+    keep = files is not None and files.keep
+    if keep or not all(finished):
         listener.stage("capture", f"{len(ids)} windows of {ids.shape[1]} tokens")
         stream = _Stream(model, blocks, ids, settings, finished.count(False))
     listener.stage("quantize")
     listener.blocks(len(blocks), [lane.name for lane in lanes])
     for result in (result for result, done in zip(results, finished, strict=True) if done):
         _read(result, len(blocks), listener)
-    if all(finished):
+    if all(finished) and not keep:
         return results
     q_inputs = [stream.inputs] * len(lanes)  # never written to: each block's outputs are a new array
-    needs_stats = any(
+    needs_stats = keep or any(
         lane.planner.needs.activation_stats for lane, done in zip(lanes, finished, strict=True) if not done
     )
 
     for index, module in enumerate(blocks):
-        prepared = PreparedBlock(module, spec).to(settings.device, torch.float32)
-        base = block_tensors(module, spec, settings.device, torch.float32)
+        prepared = PreparedBlock(module, spec).to(settings.device, settings.dtype)
+        base = block_tensors(module, spec, settings.device, settings.dtype)
         prepared.load(base)
         observer = Observer(prepared, ids.shape[1])
         with observer if needs_stats else nullcontext():
@@ -293,6 +299,7 @@ def reconstruct(
                 stream.fall_back(f"The full-precision outputs of block {index} are not finite")
                 observer.stats.clear()
                 fp_outputs = stream.forward(prepared, stream.inputs)
+        stats = observer.stats if files is None else files.apply(index, observer.stats)
         for i, lane in enumerate(lanes):
             if finished[i] or results[i].error is not None:
                 continue
@@ -301,9 +308,7 @@ def reconstruct(
             started = time.perf_counter()
             if settings.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(settings.device)
-            work = _LaneBlock(
-                lane, index, len(blocks), prepared, base, observer.stats, q_inputs[i], fp_outputs
-            )
+            work = _LaneBlock(lane, index, len(blocks), prepared, base, stats, q_inputs[i], fp_outputs)
             try:
                 state, outputs = work.replay(stream) if done else work.compute(stream, listener)
             except (NumericalError, DataError) as error:  # this lane ends here, the others go on
@@ -384,7 +389,7 @@ class _LaneBlock:
 
     def _run(self, stream: _Stream, state: BlockState) -> HiddenStates:
         """Load the block exactly as its integers give it and run it."""
-        self.prepared.load(state.tensors(stream.settings.device))
+        self.prepared.load(state.tensors(stream.settings.device, stream.settings.dtype))
         self._operands(stream)
         outputs = stream.forward(self.prepared, self.q_inputs)
         if not outputs.all_finite():
@@ -405,7 +410,7 @@ class _LaneBlock:
         plan = lane.planner.plan(view)
         grid = plan.grid or grid
         for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
-            part.to(settings.device)
+            part.to(settings.device, settings.dtype)
         report = FitReport()
         if plan.training is not None:
             same_input = maps = None

@@ -28,6 +28,8 @@ class EngineSettings:
         warm_inverse: Invert matrices by warm-started Newton–Schulz steps instead of factorizations; None: on a GPU.
         allow_fallback: Where float16 overflows, go on in bfloat16 and say so in the row, instead of stopping.
         scratch: Folder for memory-mapped hidden states.
+        dtype: Arithmetic and hidden states outside autocast. float64 is the reference that the fast path is held
+            against (`benchmarks/same_answer.py`); no run asks for it.
         seed: Of whatever is drawn while blocks are computed.
     """
 
@@ -42,6 +44,7 @@ class EngineSettings:
     warm_inverse: bool | None = None
     allow_fallback: bool = False
     scratch: Path | None = None
+    dtype: torch.dtype = torch.float32
     seed: int = 0
 
     def forward_batch(self, seq_len: int) -> int:

@@ -143,11 +143,7 @@ def folder_memory(model: Any, folder: Path, *, tokens: int, **measured: Any) -> 
     Raises:
         DataError: If a file is damaged.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "in_features") and hasattr(module, "out_features")
-    }
+    linears = {name: module for name, module in model.named_modules() if _n_weights(module)}
     head_name = next((n for n, m in linears.items() if m is model.get_output_embeddings()), None)
     linears.pop(head_name, None)
     embedding_name = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), "")
@@ -164,7 +160,7 @@ def folder_memory(model: Any, folder: Path, *, tokens: int, **measured: Any) -> 
             counted["other_bytes"] += n_bytes
     return MemoryRecord(
         **counted,
-        n_linear_weights=sum(m.in_features * m.out_features for m in linears.values()),
+        n_linear_weights=sum(_n_weights(module) for module in linears.values()),
         kv_cache_bytes=kv_cache_bytes(model.config, tokens),
         kv_cache_tokens=tokens,
         kv_cache_bits=16,
@@ -187,6 +183,13 @@ def tensor_bytes(folder: Path) -> dict[str, int]:
         except (OSError, ValueError, KeyError, TypeError, struct.error, MemoryError):
             raise DataError(f"{str(path)!r} is no readable safetensors file.") from None
     return found
+
+
+def _n_weights(module: Any) -> int:
+    """Weights of a linear, packed or not; 0 for anything else. GPT-2's linears have `nf` outputs."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features * module.out_features)
+    return int(module.weight.numel()) if hasattr(module, "nf") else 0
 
 
 def _embedding_and_head(model: Any) -> tuple[Tensor | None, Tensor | None]:

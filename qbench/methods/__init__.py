@@ -43,6 +43,7 @@ METHODS = _Methods(
         "smoothquant": "qbench.methods.smoothquant:SmoothQuant",
         "omniquant": "qbench.methods.omniquant:OmniQuant",
         "affinequant": "qbench.methods.affinequant:AffineQuant",
+        "awq": "qbench.methods.awq:AWQ",
         "gptq": "qbench.methods.gptq:GPTQ",
         "abq": "qbench.methods.abq:ABQ",
         "signround": "qbench.methods.signround:SignRound",

@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from qbench.engine import authors
 from qbench.engine.initial import initial_scale, initial_shift
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
+from qbench.errors import ConfigError
 from qbench.methods.base import Method
 from qbench.models.base import BlockSpec, Site
 from qbench.quant.clipping import Clipping
@@ -70,11 +72,14 @@ class AffineQuant(Method):
         None,
         description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit.",
     )
+    parameters: str | None = Field(
+        None, description="File of learned parameters (.pth) to use instead of training, as --resume FILE."
+    )
 
     @property
     def needs(self) -> Needs:
         """Ranges of the activations, for the initial scales and shifts."""
-        return Needs(activation_stats=self.let)
+        return Needs(activation_stats=self.let and self.parameters is None)
 
     def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
         """The recipes of the authors' scripts by scheme and family."""
@@ -92,10 +97,28 @@ class AffineQuant(Method):
             "epochs": 40 if two_bits else 20,
             "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
         }
-        return self.model_copy(update={k: v for k, v in recipe.items() if getattr(self, k) is None})
+        if self.parameters is not None:
+            recipe["parameters"] = pinned = authors.pinned(self.parameters)
+            if self.sf is None and authors.has_matrices(pinned):
+                raise ConfigError(
+                    f"Parameter file {self.parameters!r} holds matrices but not the stability factor that their "
+                    "off-diagonal entries are multiplied by. Give --sf, the one that they were learned with."
+                )
+        update = {k: v for k, v in recipe.items() if getattr(self, k) is None or k == "parameters"}
+        return self.model_copy(update=update)
+
+    def check(self, scheme: Scheme, spec: BlockSpec) -> None:
+        """See `Method`; parameters that are read must be of this model."""
+        super().check(scheme, spec)
+        if self.parameters is not None:
+            authors.check_parameters(self.parameters, spec, scheme)
 
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
         """See `Method`."""
+        if self.parameters is not None:
+            matrices = authors.has_matrices(self.parameters)
+            factor = f" (stability factor {self.sf})" if matrices else ""
+            return [f"parameters read from {self.parameters}{factor}, not trained"]
         notes = []
         if self.let and self.query_key == "published" and spec.rope and "query_key" in spec.sites:
             notes.append(
@@ -107,6 +130,8 @@ class AffineQuant(Method):
 
     def plan(self, view: BlockView) -> BlockPlan:
         """See `Method`."""
+        if self.parameters is not None:
+            return authors.plan_of(authors.read_parameters(self.parameters)[view.index], view, self.sf)
         transforms = (
             [t for site in view.spec.sites.values() if (t := self._at(view, site))] if self.let else []
         )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from qbench.engine import authors
 from qbench.engine.initial import initial_scale, initial_shift
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
@@ -60,11 +61,14 @@ class OmniQuant(Method):
         None,
         description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit.",
     )
+    parameters: str | None = Field(
+        None, description="File of learned parameters (.pth) to use instead of training, as --resume FILE."
+    )
 
     @property
     def needs(self) -> Needs:
         """Ranges of the activations, for the initial scales."""
-        return Needs(activation_stats=self.let is not False)
+        return Needs(activation_stats=self.let is not False and self.parameters is None)
 
     def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
         """The recipes of the paper's scripts: specs by scheme and family."""
@@ -79,7 +83,10 @@ class OmniQuant(Method):
             "alpha": 0.5 if llama or weight_only or scheme.wbits > 4 else 0.75,
             "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
         }
-        return self.model_copy(update={k: v for k, v in recipe.items() if getattr(self, k) is None})
+        if self.parameters is not None:
+            recipe["parameters"] = authors.pinned(self.parameters)
+        update = {k: v for k, v in recipe.items() if getattr(self, k) is None or k == "parameters"}
+        return self.model_copy(update=update)
 
     def check(self, scheme: Scheme, spec: BlockSpec) -> None:
         """See `Method`; sites named by hand must exist, the default set drops what the model does not have."""
@@ -87,9 +94,13 @@ class OmniQuant(Method):
         if "sites" in self.model_fields_set:
             for site in self.sites:
                 spec.site(site)
+        if self.parameters is not None:
+            authors.check_parameters(self.parameters, spec, scheme, matrices=False)
 
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
         """See `Method`."""
+        if self.parameters is not None:
+            return [f"parameters read from {self.parameters}, not trained"]
         if (
             self.let
             and self.query_key == "published"
@@ -103,6 +114,8 @@ class OmniQuant(Method):
 
     def plan(self, view: BlockView) -> BlockPlan:
         """See `Method`."""
+        if self.parameters is not None:
+            return authors.plan_of(authors.read_parameters(self.parameters)[view.index], view, None)
         transforms: list[Transform] = []
         assert self.alpha is not None and self.epochs is not None and self.let_lr is not None
         for name in self.sites if self.let else ():

@@ -53,6 +53,7 @@ class BlockSpec:
         sites: Legal sites by name.
         rope: Queries and keys are rotated after their projections (channels i and i + head_dim/2 pair up).
         missing_sites: Why a site that other models have is absent, by name.
+        n_blocks: Blocks of the model, all alike.
     """
 
     family: Literal["llama", "opt"]
@@ -69,6 +70,7 @@ class BlockSpec:
     n_kv_heads: int
     head_dim: int
     missing_sites: Mapping[str, str] = field(default_factory=dict)
+    n_blocks: int = 0
 
     @property
     def heads_per_group(self) -> int:
@@ -176,6 +178,7 @@ class Architecture:
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=shapes["v"][0] // n_kv_heads,
+            n_blocks=config.num_hidden_layers,
         )
 
     def _sites(self, block: nn.Module, config: Any) -> tuple[dict[str, Site], dict[str, str]]:

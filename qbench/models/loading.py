@@ -15,7 +15,8 @@ from torch import nn
 from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, suggest
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
-from qbench.models.packed import PackedFolder, packed_settings
+from qbench.models.extra_biases import apply_extra_biases
+from qbench.models.packed import READABLE, PackedFolder, packed_settings
 from qbench.provenance import WEIGHT_FILES
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -55,6 +56,24 @@ class LoadedModel:
     def n_parameters(self) -> int:
         """Parameters, tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
+
+
+@dataclass
+class ScorableModel:
+    """Any causal language model that transformers loads, quantized by whomever; enough to measure it.
+
+    Attributes:
+        blocks: Decoder layers where the architecture is known, else empty.
+        quantization: The configuration's `quantization_config`, None for ordinary weights.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    blocks: nn.ModuleList
+    max_seq_len: int
+    location: str
+    quantization: dict[str, Any] | None
 
 
 def resolve_location(name: str) -> str:
@@ -146,7 +165,7 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except QbenchError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise DataError(
             f"Cannot load model {name!r}: {first}. Give a folder saved by save_pretrained, or a hub name that can be "
@@ -194,6 +213,8 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights in their place
         raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+    with _readable(name):
+        apply_extra_biases(model, architecture, sorted(report["unexpected_keys"]), location, revision)
     model = model.eval().requires_grad_(False)
     model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
     for parameter_name, parameter in model.named_parameters():
@@ -212,6 +233,12 @@ def load_model(
     )
 
 
+def _quant_method(quantization: Any) -> str | None:
+    """Name of a format, from a configuration's mapping or object."""
+    found = quantization if isinstance(quantization, dict) else vars(quantization)
+    return getattr(found.get("quant_method"), "value", found.get("quant_method"))
+
+
 def _packed(location: str, revision: str | None, config: Any) -> PackedFolder | None:
     """The folder of packed integers that a name stands for, or None for an ordinary model."""
     if not Path(location).is_dir():
@@ -221,3 +248,65 @@ def _packed(location: str, revision: str | None, config: Any) -> PackedFolder | 
 
         location = snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"])
     return None if packed_settings(location) is None else PackedFolder(location)
+
+
+def load_as_is(
+    name: str,
+    revision: str | None = None,
+    *,
+    dtype: str = "auto",
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> ScorableModel:
+    """Load any causal language model as transformers has it; weights that are quantized stay as they are.
+
+    Integers of GPTQ, AWQ and compressed-tensors are dequantized exactly (`PackedFolder`), which needs none of their
+    packages and depends on none of their kernels; other quantized formats run as transformers runs them.
+
+    Args:
+        name: Hub name, folder, `tiny-llama` or `tiny-opt`.
+        revision: Branch, tag or commit of a hub model.
+        dtype: Of ordinary weights, see `choose_dtype`; a quantized checkpoint keeps its own.
+        device: Where it will run; quantized weights are loaded there at once, others to the CPU.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ConfigError: Unknown name.
+        DataError: Unreadable files, or a package that the format needs is missing.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    location = resolve_location(name)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _readable(name):
+        config = AutoConfig.from_pretrained(location, **common)
+        quantization = getattr(config, "quantization_config", None)
+        known = quantization is not None and _quant_method(quantization) in READABLE
+        packed = _packed(location, revision, config) if known else None
+        if packed is not None:
+            on_gpu = device.type == "cuda"
+            model, report = packed.load(config, choose_dtype(dtype, packed.n_parameters, on_gpu))
+            quantization = packed.settings
+        else:
+            placed = {} if quantization is None else {"device_map": {"": device}}
+            model, report = AutoModelForCausalLM.from_pretrained(
+                location, dtype="auto", output_loading_info=True, **placed, **common
+            )
+        tokenizer = AutoTokenizer.from_pretrained(location, **common)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+    model = model.eval().requires_grad_(False)
+    if quantization is None:
+        n_parameters = sum(p.numel() for p in model.parameters())
+        model = model.to(choose_dtype(dtype, n_parameters, device.type == "cuda"))
+    elif not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    try:
+        blocks = model.get_submodule(architecture_for(config).blocks)
+    except UnsupportedSchemeError:  # only needed where the model does not fit the device
+        blocks = nn.ModuleList()
+    text = config.get_text_config()
+    limits = (getattr(text, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    max_seq_len = next((limit for limit in limits if limit is not None), tokenizer.model_max_length)
+    return ScorableModel(name, model, tokenizer, blocks, int(max_seq_len), location, quantization)

@@ -25,6 +25,7 @@ from qbench.quant.grid import Grid
 
 GPTQ_BITS = (2, 3, 4, 8)
 # The tensor whose presence makes a module a packed linear, by quant_method.
+READABLE = ("gptq", "awq", "compressed-tensors")
 _MARKS = {"gptq": ("qweight",), "awq": ("qweight",), "compressed-tensors": ("weight_packed", "weight_scale")}
 
 

@@ -143,7 +143,10 @@ def quantize_columns(
         raise NumericalError("GPTQ's updates are not finite. Try a larger damping_fraction.")
     in_place = torch.empty_like(codes)
     in_place[order] = codes
-    stored = QuantizedWeight(in_place.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
+    rows = [
+        t.T.clone(memory_format=torch.contiguous_format) for t in (in_place, scale, zero)
+    ]  # also of one group
+    stored = QuantizedWeight(rows[0], rows[1], rows[2], grid)
     return ColumnRounding(stored, total, damping)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from qbench.latency import Ceilings, Cell, Report, ShapeSet, break_even, floor_us, scheme_bytes
+from qbench.latency import Ceilings, Cell, Report, ShapeSet, Timing, break_even, floor_us, scheme_bytes
 from qbench.reports.columns import MISSING
 from qbench.scheme import Scheme
 
@@ -72,6 +72,11 @@ def circumstances(report: Report) -> list[str]:
             f"less) · times as fast as the unquantized layer of the same round ({UNRESOLVED}: within the spread of the "
             "same code measured twice, no claim) · share of the roofline."
         )
+    of_rows: dict[str, list[str]] = {}
+    for s in report.speeds:
+        for note in s.notes:
+            of_rows.setdefault(note, []).append(f"{s.model} {s.scheme} {s.backend}")
+    lines += [f"{', '.join(dict.fromkeys(rows))}: {note}." for note, rows in of_rows.items()]
     return [*lines, *report.notes]
 
 
@@ -101,7 +106,8 @@ def _rows(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 
 def _label(cell: Cell) -> str:
-    return f"{cell.scheme} {cell.backend}" + (" + norm matrix" if cell.norm_matrix else "")
+    label = f"{cell.scheme} {cell.backend}" + (" + norm matrix" if cell.norm_matrix else "")
+    return label + (" (int8 arithmetic)" if (cell.arithmetic or "").startswith("int8 arithmetic") else "")
 
 
 def _baseline(report: Report, cells: Sequence[Cell], dtype: str, tokens: int) -> str:
@@ -153,19 +159,15 @@ def _blocks(report: Report, model: ShapeSet) -> Table:
         entries = []
         for tokens in batches:
             plain = {shape: by_key.get((*shape, tokens, backend, scheme, False)) for shape in model.shapes}
-            times, base = [], []
+            chosen = []
             for role, shape in model.linears.items():
                 leads = any(group[0] == role for group in model.norm_groups)
                 cell = (
                     by_key.get((*shape, tokens, backend, scheme, True)) if matrix and leads else plain[shape]
                 )
-                if cell is not None and cell.layer and cell.baseline:
-                    times.append(cell.layer.median_us)
-                    base.append(cell.baseline.median_us)
-            complete = len(times) == len(model.linears)
-            entries.append(
-                f"{_microseconds(sum(times))} · {sum(base) / sum(times):.2f}×" if complete else MISSING
-            )
+                if cell is not None and cell.layer is not None and cell.baseline is not None:
+                    chosen.append((cell.layer, cell.baseline))
+            entries.append(_sum(chosen) if len(chosen) == len(model.linears) else MISSING)
         if any(entry != MISSING for entry in entries):
             rows.append([f"{scheme} {backend}" + (" + norm matrices" if matrix else ""), *entries])
     return Table(
@@ -173,6 +175,17 @@ def _blocks(report: Report, model: ShapeSet) -> Table:
         ["", *(f"M = {m}" for m in batches)],
         rows,
     )
+
+
+def _sum(pairs: Sequence[tuple[Timing, Timing]]) -> str:
+    """Time of several layers, and how many times as fast as their baselines they are together."""
+    layer, base = (
+        [sum(getattr(pair[i], name) for pair in pairs) for name in ("median_us", "first_us", "last_us")]
+        for i in (0, 1)
+    )
+    ratio = base[0] / layer[0]
+    spread = max(abs(first - last) / median for median, first, last in (layer, base))
+    return f"{_microseconds(layer[0])} · {ratio:.2f}×" + (UNRESOLVED if abs(ratio - 1) <= spread else "")
 
 
 def _break_even(report: Report) -> Table:

@@ -19,6 +19,7 @@ from tests.blocks import blocks_of
 from tests.tiny_runs import differences, linear_inputs, make_lane, reconstruct_lanes, spec_of, view_of
 
 COMMON = {
+    "parameters": None,
     "lwc": True, "let": True, "shift": True, "gradual": True, "query_key": "legal", "truncate": "diagonal",
     "let_lr": 5e-3, "lwc_lr": 1e-2, "alpha": 0.5,
 }  # fmt: skip

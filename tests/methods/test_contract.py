@@ -26,7 +26,7 @@ RESUME = "a resumed run is the same run"
 UNTOUCHED = "the model is left as it was"
 FUNCTION = "transforms preserve the function"
 ERROR = "error is not above RTN's"
-COMPOSITIONS = ["smoothquant+gptq", "omniquant+gptq", "affinequant+gptq"]
+COMPOSITIONS = ["smoothquant+gptq", "omniquant+gptq", "affinequant+gptq", "awq+gptq"]
 FACTS = [OPTIONS, REFUSES, IDENTITY, GRID, DETERMINISTIC, LANES, RESUME, UNTOUCHED, FUNCTION, ERROR]
 
 

@@ -16,7 +16,14 @@ from tests.blocks import blocks_of
 from tests.tiny_runs import differences, linear_inputs, make_lane, reconstruct_lanes, spec_of, view_of
 
 SITES = ("attn_in", "mlp_in", "value_out", "query_key")
-COMMON = {"lwc": True, "let_lr": 5e-3, "lwc_lr": 1e-2, "query_key": "legal", "sites": SITES}
+COMMON = {
+    "lwc": True,
+    "let_lr": 5e-3,
+    "lwc_lr": 1e-2,
+    "query_key": "legal",
+    "sites": SITES,
+    "parameters": None,
+}
 WEIGHT_LLAMA = {"let": False, "shift": False, "epochs": 20, "aug_loss": False, "alpha": 0.5}
 TWO_BIT_LLAMA = WEIGHT_LLAMA | {"aug_loss": True, "epochs": 40}
 WEIGHT_OPT = {"let": True, "shift": False, "epochs": 20, "aug_loss": False, "alpha": 0.5}

@@ -1,0 +1,91 @@
+"""`qbench eval`: options into one ScoreConfig, handed to the scorer; prints what `qbench run` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from qbench.cli.run import _Command, _config_option, _Option, _put, echo_generations
+from qbench.config import ScoreConfig, read_mapping, validated
+
+OPTIONS: dict[str, list[tuple[str, str]]] = {
+    "Model": [
+        ("--revision", "revision"),
+        ("--trust-remote-code", "trust_remote_code"),
+        ("--dtype", "compute.model_dtype"),
+        ("--fidelity-to --base", "fidelity_to"),
+    ],
+    "Evaluation": [
+        ("--eval", "evals.datasets"),
+        ("--seqlen --seq-len", "evals.seq_len"),
+        ("--limit", "evals.limit"),
+        ("--tasks", "evals.tasks"),
+        ("--limit-items", "evals.limit_items"),
+        ("--fewshot", "evals.fewshot"),
+        ("--word-perplexity", "evals.word_perplexity"),
+        ("--fidelity", "evals.fidelity"),
+        ("--generate", "evals.generate"),
+        ("--eval-batch-size", "evals.batch_size"),
+    ],
+    "Computation": [("--device", "compute.device"), ("--threads", "compute.threads")],
+    "Output": [("--output -o --output-dir", "output"), ("--restart", "restart")],
+}
+
+
+def _eval(model: str | None, config: str | None, format_: str, **given: Any) -> None:
+    """Measure any model as it is: full precision, exported by qbench, or quantized by somebody else.
+
+    MODEL is a folder, a hub name or an embedded model that transformers loads. With --fidelity-to, the full-precision
+    model it was made from is measured too: recovery, and KL divergence and top-1 agreement unless only --generate is
+    asked for. The rows go to the output folder, for `qbench compare`.
+    """
+    request = read_mapping(config) if config else {}
+    if model is not None:
+        request["model"] = model
+    for _, path in (row for rows in OPTIONS.values() for row in rows):
+        value = given[path.replace(".", "__")]
+        if value is not None and value != ():
+            _put(request, path, list(value) if isinstance(value, tuple) else value)
+    if request.get("fidelity_to") and not given["evals__generate"]:
+        _put(request, "evals.fidelity", True)
+    resolved = validated(ScoreConfig, request, "the evaluation's configuration")
+
+    from qbench import scoring
+    from qbench.cli.compare import show
+    from qbench.cli.progress import listening
+    from qbench.reports.comparison import compare
+
+    with listening() as listener:
+        results = scoring.score_model(resolved, listener)
+    echo_generations(results)
+    show(compare(results, allow_mixed=True), format_)
+
+
+evaluate = _Command(
+    "eval",
+    callback=_eval,
+    help=_eval.__doc__,
+    params=[
+        click.Argument(["model"], required=False),
+        *(
+            _config_option(title, flags, path, ScoreConfig)
+            for title, rows in OPTIONS.items()
+            for flags, path in rows
+        ),
+        _Option(
+            "Output",
+            ["--format", "format_"],
+            type=click.Choice(["table", "json", "csv", "markdown", "latex"]),
+            default="table",
+            help="Form of the result on stdout. Default: table.",
+        ),
+        _Option(
+            "Output",
+            ["--config"],
+            metavar="FILE.yaml",
+            help="Read all this from a file; options override it.",
+        ),
+    ],
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+)

@@ -1,0 +1,37 @@
+"""Dictionaries of tensors saved by torch.save, read without unpickling anything else."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+
+from qbench.errors import ConfigError, DataError
+
+
+def load_dictionary(path: str, what: str) -> dict[Any, Any]:
+    """Read a file on the CPU.
+
+    Args:
+        path: The file.
+        what: What it is, to begin the error with.
+
+    Raises:
+        ConfigError: If it cannot be opened.
+        DataError: If it holds Python objects besides tensors, is damaged, or is no dictionary.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{what} {path!r} holds Python objects besides tensors, or is damaged; qbench unpickles none, because that "
+            "can run code. Save plain dictionaries of tensors."
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"Cannot read {what.lower()} {path!r}: {error.strerror}.") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"{what} {path!r} cannot be read: {str(error).splitlines()[0]}.") from error
+    if not isinstance(data, dict) or not data:
+        raise DataError(f"{what} {path!r} is no dictionary of tensors.")
+    return data
