@@ -178,6 +178,7 @@ class RuntimeCheck(_Record):
         kl_mean: KL divergence of next-token distributions, nats per token.
         top1_agreement: Share of tokens with the same most likely next token.
         perplexity: On the probe.
+        note: What was special about loading it.
     """
 
     runtime: str
@@ -189,6 +190,7 @@ class RuntimeCheck(_Record):
     kl_mean: float | None = None
     top1_agreement: float | None = None
     perplexity: float | None = None
+    note: str | None = None
 
 
 class Certificate(_Record):

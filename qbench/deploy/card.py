@@ -54,6 +54,7 @@ def model_card(row: Result, baseline: Result | None, label: str, certificate: Ce
         "",
         *_checks(certificate),
         *[f"\n- {note}" for note in certificate.notes],
+        *[f"\n- {check.runtime}: {check.note}" for check in certificate.checks if check.note],
         "",
         "## Files",
         "",

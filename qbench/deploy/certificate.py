@@ -424,7 +424,8 @@ def check_runtime(
             ),
             None,
         )
-    return _verdict(name, reply["dtype"], reply["versions"], failed, answer["logits"], expected, probe)
+    verdict = _verdict(name, reply["dtype"], reply["versions"], failed, answer["logits"], expected, probe)
+    return verdict.model_copy(update={"note": reply.get("note")})
 
 
 def _ask(python: str, request: Path) -> tuple[dict[str, Any], str | None]:
