@@ -78,8 +78,10 @@ class Tolerance:
 
 
 # float32: rounding of sums in another order. Half precision: one unit in the last place (2^-11, 2^-8) times the some
-# four standard deviations of the largest of thousands of values, with a factor of four in hand; one zero point off by
-# one shows as 0.03 to 0.5 (docs/export.md). Perplexity: the 0.1 % that a table's digits can show.
+# four standard deviations of the largest of thousands of values, with a factor of four in hand. One zero point off by
+# one moves a row's response by a step times the sum of its group's inputs: over the response's root mean square that is
+# about √(g/n) times step/rms(code), some 0.04 for a group of 128 among 11008 inputs at 4 bits, more for fewer inputs or
+# bits, and the largest of 16 draws is twice that. Perplexity: the 0.1 % that a table's digits can show.
 TOLERANCES = {
     "float32": Tolerance(linear=1e-4, block=1e-3, kl=1e-6, perplexity=1e-4),
     "float16": Tolerance(linear=1e-2, block=1e-1, kl=1e-3, perplexity=1e-3),
