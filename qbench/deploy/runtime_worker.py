@@ -59,9 +59,13 @@ def load(runtime: str, folder: str, dtype: str) -> Any:
     from transformers import CompressedTensorsConfig
 
     dense = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map="cpu", quantization_config=dense, **wanted
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # "already has a quantization_config": that is what is wanted
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="cpu", quantization_config=dense, **wanted
+        )
     model.qbench_note = HALVED
     return model
 
