@@ -625,10 +625,15 @@ def test_a_row_that_another_process_computes_is_waited_for(here, monkeypatch) ->
 def test_save_dir_writes_what_folds_and_says_what_does_not(here) -> None:
     saved = here.folder / "saved"
     rows = here.run(methods=[TRAINED[0], TRAINED[3]], save_dir=str(saved))
-    assert [path.name for path in saved.iterdir()] == ["tiny-llama-rtn-W3A16"]
-    assert any(note.startswith("saved to ") for note in rows[1].notes)
-    assert any(note.startswith("not saved as a transformers folder: full matrices") for note in rows[2].notes)
-    again = here.run(model=str(saved / "tiny-llama-rtn-W3A16"), schemes=["W16A16"])
+    assert [path.name for path in saved.iterdir()] == ["tiny-llama-RTN-W3A16"]
+    assert "exported as fake: verified: transformers ✓" in rows[1].notes
+    (note,) = [note for note in rows[2].notes if note.startswith("not saved: ")]
+    assert "full matrices remain after the norms" in note
+    assert (
+        ResultStore(here.output).find(rows[1].id) == rows[1]
+        and ResultStore(here.output).find(rows[2].id) == rows[2]
+    )
+    again = here.run(model=str(saved / "tiny-llama-RTN-W3A16"), schemes=["W16A16"])
     assert again[0].metrics["own/perplexity"].value == pytest.approx(
         rows[1].metrics["own/perplexity"].value, rel=1e-6
     )
