@@ -135,6 +135,12 @@ def check_request(config: RunConfig, wanted: Sequence[Wanted]) -> list[Method]:
     require_writable(config.output)
     if config.save_dir is not None:
         require_writable(config.save_dir, "save-dir")
+        rows = [(w.request.name, w.scheme) for w in wanted]
+        if config.seeds > 1 or len(set(rows)) < len(rows):
+            raise ConfigError(
+                "save-dir names folders by model, method and scheme, so the models of several seeds or of one method "
+                "with several options would overwrite each other. Save one at a time."
+            )
     if config.save_act_scales is not None:
         require_writable(config.save_act_scales, "save-act-scales")
     if config.resume is not None and not Path(config.resume).is_dir():
