@@ -28,6 +28,8 @@ from qbench.results import BASELINE, split_metric
 Mark = Literal["best", "tied", "second"]
 Columns = Literal["auto", "models", "schemes", "tasks"]
 PERCENT = frozenset({"acc", "acc_norm", "top1_agreement", "exact_match", "f1"})
+# What stands in the papers' tables unless others are asked for; the CSV and a row's details have everything.
+HEADLINES = frozenset({"perplexity", "word_perplexity", "kl_mean", "top1_agreement", *ACCURACIES})
 GIB = 1 << 30
 
 
@@ -86,7 +88,7 @@ def paper_sheets(
         if key not in known:
             raise unknown_name("metric among these rows", key, known)
     details = detail_keys(known)
-    shown = list(metrics) or [key for key in known if key not in details]
+    shown = list(metrics) or [k for k in known if k not in details and split_metric(k)[1] in HEADLINES]
     accuracies = {key for key in shown if split_metric(key)[1] in ACCURACIES}
     others = [key for key in shown if key not in accuracies]
     sheets = []
@@ -263,7 +265,8 @@ def costs(entry: Entry) -> list[Cell]:
     recovery, score = Cell(MISSING), entry.quality
     if score is not None and score.recovery is not None and not entry.row.is_reference:
         value, half = 100 * score.recovery, score.recovery_half_width
-        recovery = Cell(f"{value:.1f}", "" if half is None else format_half_width(100 * half, value))
+        around = "" if half is None else f"±{100 * half:.1f}" if half > 5e-4 else "±<0.1"
+        recovery = Cell(f"{value:.1f}", around)
     bits, each = entry.result.bits_per_weight, [result.cost for result in entry.row.results]
     return [
         recovery,
