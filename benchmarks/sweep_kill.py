@@ -88,7 +88,7 @@ def main() -> None:
         )
         for kill in range(options.kills):
             runs = [start(command(file, killed, options.model)) for _ in range(1 + options.both)]
-            watched(runs[0], killed, draw.uniform(0, 2 * seconds / options.kills))
+            watched(runs[0], killed, draw.uniform(0, seconds / options.kills))
             ended = [run.poll() is not None for run in runs]
             for run in runs:
                 run.send_signal(signal.SIGKILL)
