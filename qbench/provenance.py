@@ -133,32 +133,21 @@ def differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
     Nested fields are named by their path, `calibration.n_samples`. An evaluation that some sides lack is no difference.
     """
-    flat = [_flat(without_seed(side)) for side in sides]
-    names = dict.fromkeys(name for side in flat for name in side)
-    found = {name: [side.get(name) for side in flat] for name in names}
-    common = [set(side.get("evaluation") or ()) for side in sides]
-    return {
-        name: values
-        for name, values in found.items()
-        if any(value != values[0] for value in values) and not _not_everywhere(name, values, common)
+    rest = [{k: v for k, v in without_seed(side).items() if k != "evaluation"} for side in sides]
+    found = _differing([_flat(side) for side in rest])
+    evaluations = [side.get("evaluation") or {} for side in sides]
+    for name in dict.fromkeys(name for side in evaluations for name in side):
+        present = [side[name] for side in evaluations if name in side]
+        if any(value != present[0] for value in present):
+            found |= _differing([_flat({f"evaluation.{name}": side.get(name)}) for side in evaluations])
+    return found
+
+
+def _differing(sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    values = {
+        name: [side.get(name) for side in sides] for name in dict.fromkeys(n for side in sides for n in side)
     }
-
-
-def _not_everywhere(name: str, values: Sequence[Any], evaluations: Sequence[set[str]]) -> bool:
-    """Whether a flat field is of an evaluation that some rows lack, and equal in those that have it."""
-    of = next(
-        (
-            e
-            for side in evaluations
-            for e in side
-            if name.startswith(f"evaluation.{e}.") or name == f"evaluation.{e}"
-        ),
-        None,
-    )
-    if of is None:
-        return False
-    present = [value for value, side in zip(values, evaluations, strict=True) if of in side]
-    return all(value == present[0] for value in present)
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from qbench import provenance
 from qbench.cells import labels
 from qbench.config import PLACES, MethodRequest, RunConfig, validated
+from qbench.data.overlap import ngram_overlap, same_corpus
 from qbench.data.text import load_text, parse_dataset
 from qbench.data.windows import TokenWindows, draw_calibration
 from qbench.deploy.folder import save_plain
@@ -216,11 +217,25 @@ def run_pass(
     files = _channel_files(config, loaded)
     listener.stage("calibration")
     calibration, suite, notes = _texts(config, loaded)
+    overlap, warnings = _overlap(config, loaded, calibration, suite)
     contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
     store = ResultStore(config.output)
     common = _Common(
-        config, loaded, settings, calibration, suite, contract, fields, store, listener, notes, files
+        config,
+        loaded,
+        settings,
+        calibration,
+        suite,
+        contract,
+        fields,
+        store,
+        listener,
+        notes + warnings,
+        overlap,
+        files,
     )
+    for warning in warnings:
+        listener.note(warning)
     waiting = [cell for cell in cells if _stored(common, cell) is None]
     if config.resume is not None and waiting and not any(_has_blocks(common, cell) for cell in waiting):
         raise ConfigError(
@@ -411,6 +426,7 @@ class _Common:
     store: ResultStore
     listener: Listener
     notes: Sequence[str]
+    overlap: Mapping[str, Any]
     files: ChannelFiles | None = None
 
 
@@ -452,11 +468,16 @@ def _granularity(asked: str, loaded: LoadedModel) -> Literal["per_head", "per_to
     return "per_token" if asked == "per_token" else "per_head"
 
 
+def _calibration_source(config: RunConfig, loaded: LoadedModel) -> str:
+    asked = config.calibration.dataset
+    return asked if asked != "auto" else "stdlib" if loaded.name in EMBEDDED else "wikitext2"
+
+
 def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, Suite, list[str]]:
     """Calibration windows and what is evaluated, with the defaults that depend on the model."""
     embedded = loaded.name in EMBEDDED
     calibration = config.calibration
-    source = calibration.dataset if calibration.dataset != "auto" else "stdlib" if embedded else "wikitext2"
+    source = _calibration_source(config, loaded)
     default_length = EMBEDDED_SEQ_LEN if embedded else min(PUBLISHED_SEQ_LEN, loaded.max_seq_len)
     seq_len = calibration.seq_len or default_length
     eval_seq_len = config.evals.seq_len or (
@@ -479,6 +500,30 @@ def _texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, Suite,
         if scored.fingerprint == text.fingerprint
     ]
     return windows, suite, notes
+
+
+def _overlap(
+    config: RunConfig, loaded: LoadedModel, calibration: TokenWindows, suite: Suite
+) -> tuple[dict[str, Any], list[str]]:
+    """What the windows that methods see share with those they are scored on: for the record, and in words."""
+    source, seen = _calibration_source(config, loaded), calibration.ids.numpy()
+    record: dict[str, Any] = {}
+    warnings = []
+    for spec, scored in zip(config.evals.datasets, suite.texts, strict=True):
+        found = ngram_overlap(seen, scored.windows.ids.numpy())
+        target = source if spec == "auto" else spec
+        corpus = same_corpus(parse_dataset(source)[1], parse_dataset(target)[1])
+        record[scored.name] = {**found.record(), "same_corpus": corpus}
+        if corpus and scored.fingerprint != calibration.text_fingerprint:
+            warnings.append(f"calibrated on the corpus that {scored.name} is part of")
+        warnings += found.notes(scored.name)
+    for name, texts in (suite.tasks.texts() if suite.tasks is not None else {}).items():
+        found = ngram_overlap(
+            seen, loaded.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+        record[name] = found.record()
+        warnings += found.notes(name)
+    return record, warnings
 
 
 def _contract_fields(
@@ -689,7 +734,10 @@ def _record(
         blocks=result.records if result is not None else [],
         config=request.model_dump(mode="json", exclude=PLACES),  # where files lie changes no number
         provenance=provenance.environment(),
-        calibration=common.fields["calibration"],
+        calibration={
+            **common.fields["calibration"],
+            **({"overlap": common.overlap} if result is not None else {}),
+        },
         recovery=recovery(scores.metrics, baseline.metrics if baseline else scores.metrics),
         memory=memory,
         generations=scores.generations,

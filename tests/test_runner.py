@@ -22,6 +22,8 @@ import qbench
 import qbench.runner as runner_module
 from qbench.cli import main
 from qbench.config import RunConfig
+from qbench.data.text import load_text
+from qbench.data.windows import draw_calibration, evaluation_windows
 from qbench.engine.progress import Listener
 from qbench.engine.state import BlockState
 from qbench.errors import ConfigError, DataError, NumericalError, UnsupportedSchemeError
@@ -94,6 +96,7 @@ class Watcher(Listener):
         self.evaluated: list[tuple[str, int, int]] = []
         self.rows: list[Result] = []
         self.settled: list[tuple[str, str]] = []
+        self.notes: list[str] = []
         self.stop = stop
 
     def stage(self, name: str, detail: str = "") -> None:
@@ -109,6 +112,9 @@ class Watcher(Listener):
 
     def row(self, result: Result) -> None:
         self.rows.append(result)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def cell(self, label: str, outcome: str, detail: str = "") -> None:
         self.settled.append((label, outcome))
@@ -379,6 +385,48 @@ def test_an_interrupted_run_goes_on_where_it_stopped(here) -> None:
     rows = here.run(watcher, methods=TRAINED[3:])
     assert watcher.started == [("affinequant W3A16", 0, True), ("affinequant W3A16", 1, False)]
     assert rows[1].metrics == expected[1].metrics and rows[1].id == expected[1].id
+
+
+def test_a_row_says_what_its_calibration_shares_with_each_evaluation(here) -> None:
+    seen = here.folder / "seen.txt"
+    seen.write_text(here.calibration.read_text() + here.evaluation.read_text())
+    evals = {"datasets": [f"same={here.calibration}", f"seen={seen}", f"other={here.evaluation}"]}
+    watcher = Watcher()
+    baseline, row = here.run(watcher, evals=evals)
+    overlap = row.calibration["overlap"]
+    known = load_text(str(here.calibration), "calibration")
+    tokenizer = load_model(str(here.model)).tokenizer
+    windows = draw_calibration(known, tokenizer, 3, SEQ_LEN, seed=2).ids.tolist()
+    grams = {tuple(window[i : i + 13]) for window in windows for i in range(SEQ_LEN - 12)}
+    for name, path in (("same", here.calibration), ("seen", seen), ("other", here.evaluation)):
+        scored = evaluation_windows(load_text(str(path), "evaluation"), tokenizer, SEQ_LEN).ids.tolist()
+        hits = [tuple(window[i : i + 13]) in grams for window in scored for i in range(SEQ_LEN - 12)]
+        assert (overlap[name]["shared"], overlap[name]["total"]) == (sum(hits), len(hits))
+    assert [overlap[name]["same_corpus"] for name in ("same", "seen", "other")] == [True, False, False]
+    assert overlap["seen"]["shared"] > 20 and overlap["other"]["shared"] == 0
+    notes = [note for note in row.notes if "13-grams" in note]
+    assert [note.partition(" of the ")[2] for note in notes] == [
+        "13-grams of same are in the calibration windows", "13-grams of seen are in the calibration windows"
+    ]  # fmt: skip
+    assert [note for note in watcher.notes if "13-grams" in note] == notes
+    assert "overlap" not in baseline.calibration and baseline.notes == []
+    assert row.contract_fields["calibration"] == baseline.contract_fields["calibration"]
+
+
+def test_another_part_of_one_corpus_and_tasks_are_noted_in_the_row(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    request = {
+        "methods": ["rtn"],
+        "calibration": {"n_samples": 2, "seq_len": 32},
+        "evals": {"limit": 2, "seq_len": 64, "tasks": ["stdlib"], "limit_items": 3},
+    }
+    watcher = Watcher()
+    _, row = run(RunConfig.model_validate(request), watcher)
+    assert "calibrated on the corpus that stdlib is part of" in row.notes
+    assert "calibrated on the corpus that stdlib is part of" in watcher.notes
+    text, task = (row.calibration["overlap"][name] for name in ("stdlib", "stdlib_choice"))
+    assert text["same_corpus"] and text["total"] == 2 * (64 - 12)
+    assert task["total"] > 0 and "same_corpus" not in task
 
 
 def test_calibrating_on_the_evaluated_text_is_noted_in_the_row(here) -> None:

@@ -59,6 +59,20 @@ class TaskSet:
             for name, digest in self.fingerprints.items()
         }
 
+    def texts(self) -> dict[str, list[str]]:
+        """Task to what a model reads of each item: its prompt with the first of the answers."""
+        found = {}
+        for name in self.fingerprints:
+            group = self.loaded.get("groups", {}).get(name)
+            members = [task.task_name for task in group.get_all_tasks()] if group else [name]
+            first: dict[tuple[str, int], str] = {}
+            for member in members:
+                for instance in self.loaded["tasks"][member].instances:
+                    parts = [part for part in instance.arguments if isinstance(part, str)]
+                    first.setdefault((member, instance.doc_id), "".join(parts))
+            found[name] = list(first.values())
+        return found
+
     def score(
         self,
         model: Any,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 from qbench.reports.comparison import ACCURACIES, AVERAGE, Comparison, ModelTable, Row, Score, task_keys
 from qbench.results import BASELINE, split_metric
@@ -17,8 +18,11 @@ SHORT_NAMES = {
     "perplexity": "ppl", "word_perplexity": "word ppl", "kl_mean": "KL", "top1_agreement": "top-1", BASELINE: "FP"
 }  # fmt: skip
 # Further views of one measurement; acc_norm is one where the task has acc as well.
-DETAILS = frozenset({"kl_median", "kl_p95", "kl_p99", "kl_max"})
+DETAILS = frozenset(
+    {"kl_median", "kl_p95", "kl_p99", "kl_max", "kl_missing", "loss_change", "first_difference"}
+)
 GIB = 1 << 30
+LABEL_WIDTH = 24  # a longer label wraps between words
 # Least needed first: what a narrow terminal leaves out. Method, scheme and the values themselves always stay.
 DROP_ORDER = (
     "details", "recovery", "contract", "CPU memory", "GPU memory", "time", "spread of seeds", "± of ratio",
@@ -40,60 +44,101 @@ class Column:
         """The header in one line."""
         return " ".join(self.header).replace("/ ", "/")
 
+    @cached_property
+    def empty(self) -> bool:
+        """Whether no row has a value, so that the column need not be shown."""
+        return self.kind != "value" and all(cell == MISSING for cell in self.cells)
+
+    @cached_property
+    def width(self) -> int:
+        """Characters that it takes in a terminal; a long label is wrapped between words."""
+        cells = max(map(cell_width, self.cells))
+        if self.kind == "method":
+            longest = max(cell_width(word) for cell in self.cells for word in cell.split())
+            cells = min(cells, max(LABEL_WIDTH, longest))
+        return max(cells, *map(cell_width, self.header))
+
+
+class TableColumns:
+    """The columns of one model's table, each made once: a narrow terminal tries many choices of them."""
+
+    def __init__(self, table: ModelTable, comparison: Comparison) -> None:
+        self.table, self.comparison = table, comparison
+        self.rows = [row for block in table.blocks for row in block.rows]
+        self.details = detail_keys(table.metrics)
+        self._metrics: dict[tuple[str, bool, bool], list[Column]] = {}
+
+    def __call__(self, metrics: Sequence[str], dropped: Set[str] = frozenset()) -> list[Column]:
+        """Those of some metrics that are not dropped and not empty throughout."""
+        shown = [key for key in metrics if "details" not in dropped or key not in self.details]
+        found = [
+            *self._labels,
+            *(column for key in shown for column in self._metric(key, dropped)),
+            *self._costs,
+        ]
+        return [column for column in found if column.kind not in dropped and not column.empty]
+
+    @cached_property
+    def _labels(self) -> list[Column]:
+        return [
+            Column("method", ("method",), tuple(_label(row, self.comparison) for row in self.rows)),
+            Column("scheme", ("scheme",), tuple(row.result.scheme_label for row in self.rows)),
+        ]
+
+    @cached_property
+    def _costs(self) -> list[Column]:
+        rows = self.rows
+        bits = tuple(_bits(row.result.bits_per_weight) for row in rows)
+        gpu, cpu = (
+            tuple(_gib(most(getattr(result.cost, field) for result in row.results)) for row in rows)
+            for field in ("peak_gpu_bytes", "peak_cpu_bytes")
+        )
+        return [
+            Column("bits/weight", ("bits/", "weight"), bits),
+            Column("time", ("time",), tuple(format_seconds(row.seconds) for row in rows)),
+            Column("GPU memory", ("GPU", "GiB"), gpu),
+            Column("CPU memory", ("CPU", "GiB"), cpu),
+            Column("contract", ("contract",), tuple(row.result.contract[:8] for row in rows)),
+        ]
+
+    def _metric(self, key: str, dropped: Set[str]) -> list[Column]:
+        form = (key, "± of value" not in dropped, "± of ratio" not in dropped)
+        if form not in self._metrics:
+            self._metrics[form] = _metric_columns(self.table, self.comparison, self.rows, *form)
+        return self._metrics[form]
+
 
 def columns(
     table: ModelTable, comparison: Comparison, metrics: Sequence[str], dropped: Set[str] = frozenset()
 ) -> list[Column]:
     """All columns that are not dropped and not empty throughout."""
-    rows = [row for block in table.blocks for row in block.rows]
-    found = [
-        Column("method", ("method",), tuple(_label(row, comparison) for row in rows)),
-        Column("scheme", ("scheme",), tuple(row.result.scheme_label for row in rows)),
-    ]
-    reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
-    details = detail_keys(table.metrics) if "details" in dropped else frozenset()
-    for key in metrics:
-        if key not in details:
-            found += _metric_columns(table, key, rows, reference, dropped)
-    costs = [[result.cost for result in row.results] for row in rows]
-    found += [
-        Column("bits/weight", ("bits/", "weight"), tuple(_bits(row.result.bits_per_weight) for row in rows)),
-        Column("time", ("time",), tuple(format_seconds(row.seconds) for row in rows)),
-        Column(
-            "GPU memory",
-            ("GPU", "GiB"),
-            tuple(_gib(most(c.peak_gpu_bytes for c in seeds)) for seeds in costs),
-        ),
-        Column(
-            "CPU memory",
-            ("CPU", "GiB"),
-            tuple(_gib(most(c.peak_cpu_bytes for c in seeds)) for seeds in costs),
-        ),
-        Column("contract", ("contract",), tuple(row.result.contract[:8] for row in rows)),
-    ]
-    return [
-        column
-        for column in found
-        if column.kind not in dropped and (column.kind == "value" or any(c != MISSING for c in column.cells))
-    ]
+    return TableColumns(table, comparison)(metrics, dropped)
 
 
 def _metric_columns(
-    table: ModelTable, key: str, rows: Sequence[Row], reference: str, dropped: Set[str]
+    table: ModelTable,
+    comparison: Comparison,
+    rows: Sequence[Row],
+    key: str,
+    with_value: bool,
+    with_ratio: bool,
 ) -> list[Column]:
-    """A metric's values; where a row is judged by it also what is left of the reference's, and the seeds' spread."""
+    """A metric's values; where a row is judged by it also what is left of the reference's, and the seeds' spread.
+
+    `with_value` and `with_ratio` say whether ± stands behind them.
+    """
+    reference = SHORT_NAMES.get(comparison.reference, comparison.reference)
     scores = [row.scores.get(key) for row in rows]
     task, metric = split_metric(key)
     higher = any(score.higher_is_better for score in scores if score is not None)
     name = f"{SHORT_NAMES.get(metric, metric)} {'↑' if higher else '↓'}"
-    found = [Column("value", (*_folded(task), name), _values(scores, "± of value" not in dropped))]
+    found = [Column("value", (*_folded(task), name), _values(scores, with_value))]
     if not _stands_for_quality(table, key):
         return found
     if higher:
-        shares = _shares(scores, "± of ratio" not in dropped)
-        found.append(Column("ratio", (f"% of {reference}",), shares))
+        found.append(Column("ratio", (f"% of {reference}",), _shares(scores, with_ratio)))
     else:
-        found.append(Column("ratio", (f"÷ {reference}",), _ratios(scores, "± of ratio" not in dropped)))
+        found.append(Column("ratio", (f"÷ {reference}",), _ratios(scores, with_ratio)))
         found.append(Column("recovery", (f"% of {reference}",), _shares(scores, False)))
     spreads = [None if score is None or score.seed_spread is None else score for score in scores]
     found.append(Column("spread of seeds", ("σ of", "seeds"), tuple(map(_spread, spreads))))
@@ -141,6 +186,8 @@ def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = 
             else ""
         )
         lines.append("± 95% interval" + paired)
+    if any(score.above_chance is False for score in scores):
+        lines.append("° not shown to be above guessing: its interval holds what a guess gives")
     if any(score.n_seeds > 1 for score in scores):
         lines.append(
             "several calibration seeds: values are means over them, ± counts their spread; σ is its size (how many)"
@@ -218,6 +265,15 @@ def _gib(size: int | None) -> str:
     return MISSING if size is None else f"{size / GIB:.2f}" if size < 100 * GIB else f"{size / GIB:.0f}"
 
 
+def cell_width(text: str) -> int:
+    """Columns that a text takes in a terminal."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
 def is_best(cell: str) -> bool:
     """Whether a value's cell carries the mark of the best."""
     return cell.endswith("*")
@@ -226,13 +282,11 @@ def is_best(cell: str) -> bool:
 def _values(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, ...]:
     """Cells such as `12.34 ±0.56 *`: digits, ± and mark each in line with those of the other rows."""
     marks = [{"best": " *", "tied": " ≈"}.get(score.mark or "", "") if score else "" for score in scores]
-    return _aligned(
-        [
-            None if score is None else (score.value, score.half_width if with_interval else None)
-            for score in scores
-        ],
-        marks,
-    )
+    pairs = [
+        None if score is None else (score.value, score.half_width if with_interval else None)
+        for score in scores
+    ]
+    return _aligned(pairs, marks, [score is not None and score.above_chance is False for score in scores])
 
 
 def _ratios(scores: Sequence[Score | None], with_interval: bool) -> tuple[str, ...]:
@@ -272,8 +326,11 @@ def most(sizes: Iterable[int | None]) -> int | None:
     return max((size for size in sizes if size is not None), default=None)
 
 
-def _aligned(pairs: Sequence[tuple[float, float | None] | None], marks: Sequence[str]) -> tuple[str, ...]:
+def _aligned(
+    pairs: Sequence[tuple[float, float | None] | None], marks: Sequence[str], guesses: Sequence[bool] = ()
+) -> tuple[str, ...]:
     halves = ["" if p is None or p[1] is None else " " + format_half_width(p[1], p[0]) for p in pairs]
+    halves = [half + ("°" if i < len(guesses) and guesses[i] else "") for i, half in enumerate(halves)]
     half, mark = max(map(len, halves), default=0), max(map(len, marks), default=0)
     return tuple(
         MISSING if pair is None else format_value(pair[0]) + halves[i].ljust(half) + marks[i].ljust(mark)

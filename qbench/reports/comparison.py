@@ -46,6 +46,7 @@ class Score:
         behind: Value minus the best's with its interval (of losses for a perplexity), before Holm.
         n_seeds: Calibration seeds behind the value.
         seed_spread: Standard deviation of the value between them.
+        chance: What guessing gives.
     """
 
     value: float
@@ -61,6 +62,12 @@ class Score:
     behind: stats.Difference | None = None
     n_seeds: int = 1
     seed_spread: float | None = None
+    chance: float | None = None
+
+    @property
+    def above_chance(self) -> bool | None:
+        """Whether the value's interval lies above what guessing gives; None where nobody guesses."""
+        return None if self.chance is None or self.low is None else self.low > self.chance
 
     @property
     def recovery(self) -> float | None:
@@ -331,6 +338,7 @@ def _model_table(
     tasks = task_keys(measured)
     metrics = _with_average(measured, tasks)
     blocks = []
+    cache: dict[tuple[str, str], Measured | None] = {}  # full precision stands in every block
     for scheme in schemes:
         members = [group for group in others if group[0].scheme == scheme]
         # stable: the reference first, the rest as given
@@ -340,7 +348,7 @@ def _model_table(
             draft.reference = _reference(draft, drafts, baseline)
         _name(drafts)
         for key in metrics:
-            _score(drafts, key, tasks)
+            _score(drafts, key, tasks, cache)
         rows = (
             Row(
                 draft.result,
@@ -403,7 +411,7 @@ def _name(drafts: list[_Draft]) -> None:
             draft.label += f" #{draft.result.id[:6]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """One metric of one row with everything that statistics need: the records' values and their items.
 
@@ -412,6 +420,7 @@ class Measured:
         scores: Items, None where some record kept none.
         log_scale: Whether items are losses of which the value is the exponential.
         stderr: What the record says, for want of items.
+        chance: What guessing gives; of an average, on average.
     """
 
     values: tuple[float, ...]
@@ -419,6 +428,7 @@ class Measured:
     log_scale: bool
     higher_is_better: bool
     stderr: float | None
+    chance: float | None
     what: tuple[tuple[str, str], ...]  # items' name and protocol of every task: only equal ones are paired
 
     @property
@@ -430,6 +440,7 @@ class Measured:
             return math.exp(self.scores.mean) if self.scores.mean < 700 else math.inf
         return math.fsum(self.values) / len(self.values)
 
+    @cached_property
     def interval(self) -> tuple[float, float, float] | None:
         """Half width and ends of the value's own 95% interval."""
         own = stats.interval_of(self.scores) if self.scores is not None else None
@@ -476,8 +487,14 @@ def measured(results: Sequence[Result], key: str, tasks: Sequence[str] = ()) -> 
         log_scale=len(first) == 1 and first[0].log_scale,
         higher_is_better=first[0].higher_is_better,
         stderr=first[0].stderr if len(first) == 1 else None,
+        chance=_chance(first),
         what=what,
     )
+
+
+def _chance(metrics: Sequence[Metric]) -> float | None:
+    known = [metric.chance for metric in metrics if metric.chance is not None]
+    return math.fsum(known) / len(known) if len(known) == len(metrics) else None
 
 
 def _scores(rows: Sequence[Sequence[Metric]], results: Sequence[Result]) -> stats.Scores | None:
@@ -498,16 +515,21 @@ def _scores(rows: Sequence[Sequence[Metric]], results: Sequence[Result]) -> stat
     return stats.Scores(strata, seeds, independent.pop())
 
 
-def _score(drafts: list[_Draft], key: str, tasks: Sequence[str]) -> None:
+def _score(
+    drafts: list[_Draft], key: str, tasks: Sequence[str], cache: dict[tuple[str, str], Measured | None]
+) -> None:
     """Give every row its score on one metric, and mark the best and those tied with it."""
-    found = {id(draft): m for draft in drafts if (m := measured(draft.results, key, tasks)) is not None}
+    for draft in drafts:
+        if (draft.result.id, key) not in cache:
+            cache[draft.result.id, key] = measured(draft.results, key, tasks)
+    found = {id(draft): m for draft in drafts if (m := cache[draft.result.id, key]) is not None}
     ranked = [draft for draft in drafts if id(draft) in found and not draft.result.is_baseline]
     places = _places([(draft.result, found[id(draft)]) for draft in ranked], key, tasks)
     for draft in drafts:
         own = found.get(id(draft))
         if own is None:
             continue
-        half_width, low, high = own.interval() or (None, None, None)
+        half_width, low, high = own.interval or (None, None, None)
         reference = found.get(id(draft.reference))
         if reference is not None and not _same_items(draft.result, draft.reference, key, tasks):
             reference = None
@@ -527,6 +549,7 @@ def _score(drafts: list[_Draft], key: str, tasks: Sequence[str]) -> None:
             behind=place.behind,
             n_seeds=len(own.values),
             seed_spread=stats.seed_spread(own.values),
+            chance=own.chance,
         )
 
 

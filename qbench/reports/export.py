@@ -19,7 +19,7 @@ from qbench.reports.comparison import Comparison, Row
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "±": r"$\pm$", "≈": r"$\approx$", "σ": r"$\sigma$", "÷": r"$\div$",
+    "±": r"$\pm$", "≈": r"$\approx$", "σ": r"$\sigma$", "°": r"$^\circ$", "÷": r"$\div$",
     "↓": r"$\downarrow$", "↑": r"$\uparrow$", "∞": r"$\infty$", "—": "---", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 
@@ -66,6 +66,7 @@ def csv_fields(row: Row, metrics: list[str]) -> dict[str, Any]:
             f"{key} rank": score.rank if score else None,
             f"{key} p_of_best": score.p_value if score else None,
             f"{key} seed_sd": score.seed_spread if score else None,
+            f"{key} chance": score.chance if score else None,
         }
     costs = [one.cost for one in row.results]
     return fields | {

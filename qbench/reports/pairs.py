@@ -295,7 +295,7 @@ def _name(key: str) -> str:
 
 
 def _value(own: Measured) -> str:
-    interval = own.interval()
+    interval = own.interval
     half = "" if interval is None else " " + format_half_width(interval[0], own.value)
     return format_value(own.value) + half.rstrip()
 

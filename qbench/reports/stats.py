@@ -111,19 +111,23 @@ class Scores:
     @cached_property
     def mean(self) -> float:
         """Over items, seeds and tasks."""
-        return math.fsum(float(task.mean()) for task in self.arrays) / len(self.arrays)
+        return math.fsum(float(task.sum()) / task.size for task in self.arrays) / len(self.arrays)
 
     @cached_property
     def finite(self) -> bool:
         """Whether there is nothing but numbers."""
         import numpy as np
 
-        return all(task.size > 0 and bool(np.isfinite(task).all()) for task in self.arrays)
+        # A sum is finite only where all its terms are; the other way round it may overflow.
+        return all(
+            task.size > 0 and (math.isfinite(task.sum()) or bool(np.isfinite(task).all()))
+            for task in self.arrays
+        )
 
     @cached_property
     def negligible(self) -> float:
         """A standard error that is rounding and no spread: a constant series differs from its mean by that much."""
-        return 1e-14 * max(float(abs(task).max()) for task in self.arrays)
+        return 1e-14 * max(float(max(task.max(), -task.min())) for task in self.arrays)
 
     @cached_property
     def right_or_wrong(self) -> bool:
@@ -462,6 +466,11 @@ def _variance(scores: Scores) -> Variance:
     import numpy as np
 
     n_tasks, n_seeds = len(scores.strata), len(scores.seeds)
+    if n_tasks == n_seeds == 1:
+        (series,) = scores.arrays[0]
+        part = _mean_variance(series, scores.independent)
+        item_df = _item_df(series.size, scores.independent)
+        return Variance(part, None, 0.0, series.size, 1, item_df, 0.0, scores.independent)
     items, rest, weights = 0.0, 0.0, 0.0
     seed_means = np.zeros(n_seeds)
     for values in scores.arrays:
@@ -517,14 +526,12 @@ def _unpaired_seeds(a: Scores, b: Scores) -> Variance:
 
 def _mean_variance(series: np.ndarray, independent: bool) -> float:
     """Variance of a series' mean by its lowest cosines; of independent items by all of them, the ordinary one."""
-    import numpy as np
-
     n = series.size
-    centred = series - series.mean()
+    centred = series - series.sum() / n
     if independent:
         return float(centred @ centred) / (n - 1) / n
     waves = _cosines(n) @ centred
-    return float(np.mean(waves**2)) / n
+    return float(waves @ waves) / len(waves) / n
 
 
 @lru_cache(maxsize=64)
@@ -547,9 +554,16 @@ def _t_interval(mean: float, variance: Variance, negligible: float, level: float
     if stderr <= negligible:
         certain = 1.0 if abs(mean) <= negligible else 0.0
         return Interval(mean, 0.0, df, mean, mean, certain, variance.n)
-    reach = float(special.stdtrit(df, 0.5 + level / 2)) * stderr
+    reach = _t_quantile(df, 0.5 + level / 2) * stderr
     p_value = 2 * float(special.stdtr(df, -abs(mean) / stderr))
     return Interval(mean, stderr, df, mean - reach, mean + reach, p_value, variance.n)
+
+
+@lru_cache(maxsize=1024)
+def _t_quantile(df: float, share: float) -> float:
+    from scipy import special
+
+    return float(special.stdtrit(df, share))
 
 
 def _wilson(share: float, n: int, level: float) -> tuple[float, float]:

@@ -8,17 +8,28 @@ metrics lose their ± only if that is not enough either.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+import itertools
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from qbench.reports.columns import COST, DROP_ORDER, Column, columns, detail_keys, is_best, legend
+from qbench.reports.columns import (
+    COST,
+    DROP_ORDER,
+    Column,
+    TableColumns,
+    cell_width,
+    detail_keys,
+    is_best,
+    legend,
+)
 from qbench.reports.comparison import Comparison, ModelTable
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
-LABEL_WIDTH = 24  # a longer label wraps between words
+GAP = "  "  # between columns
 
 
 def as_text(comparison: Comparison, width: int | None = None) -> str:
@@ -38,24 +49,24 @@ def print_table(comparison: Comparison, console: Console) -> None:
         drawn, left_out = _fit(table, comparison, console)
         dropped |= left_out
         for part in drawn:
-            console.print(part, crop=False)
-            console.print()
+            console.print(part, soft_wrap=True)
     for line in legend(comparison, dropped):
         console.print(line, highlight=False, markup=False)
 
 
-def _fit(table: ModelTable, comparison: Comparison, console: Console) -> tuple[list[Table], set[str]]:
+def _fit(table: ModelTable, comparison: Comparison, console: Console) -> tuple[list[Text], set[str]]:
     """The richest form that fits, and the kinds of column that it leaves out."""
+    part = TableColumns(table, comparison)
 
     def width(metrics: tuple[str, ...], dropped: set[str]) -> int:
-        return _width(columns(table, comparison, metrics, dropped))
+        return _width(part(metrics, dropped))
 
     for form in _forms(table, console.width, width):
         if all(width(metrics, dropped) <= console.width for metrics, dropped in form):
             break
     # If nothing fits, the last form is printed too wide and the terminal breaks its lines: no digit is lost.
-    left_out = set.intersection(*(dropped for _, dropped in form)) & _kinds(table, comparison)
-    drawn = [_draw(table, columns(table, comparison, metrics, dropped)) for metrics, dropped in form]
+    left_out = set.intersection(*(dropped for _, dropped in form)) & _kinds(part)
+    drawn = [_draw(table, part(metrics, dropped)) for metrics, dropped in form]
     return drawn, left_out
 
 
@@ -97,50 +108,66 @@ def _packed(
 
 
 def _width(part: list[Column]) -> int:
-    """Characters that a table needs, two blanks between columns."""
-    return sum(map(_column_width, part)) + 2 * (len(part) - 1)
+    """Characters that a table needs."""
+    return sum(column.width for column in part) + len(GAP) * (len(part) - 1)
 
 
-def _column_width(column: Column) -> int:
-    from rich.cells import cell_len
-
-    cells = max(map(cell_len, column.cells))
-    return max(min(cells, LABEL_WIDTH) if column.kind == "method" else cells, *map(cell_len, column.header))
-
-
-def _kinds(table: ModelTable, comparison: Comparison) -> set[str]:
+def _kinds(part: TableColumns) -> set[str]:
     """Kinds of column that there is something to show of."""
-    kinds = {column.kind for column in columns(table, comparison, table.metrics)}
+    table = part.table
+    kinds = {column.kind for column in part(table.metrics)}
     scores = [score for block in table.blocks for row in block.rows for score in row.scores.values()]
     kinds |= {"± of value"} if any(score.half_width is not None for score in scores) else set()
-    kinds |= {"details"} if detail_keys(table.metrics) else set()
+    kinds |= {"details"} if part.details else set()
     kinds |= {"± of ratio"} if any(score.ratio_half_width is not None for score in scores) else set()
     return kinds
 
 
-def _draw(table: ModelTable, shown: list[Column]) -> Table:
-    from rich import box
-    from rich.table import Table
+def _draw(table: ModelTable, shown: list[Column]) -> Text:
+    """The table as lines of one text: rich's own tables take seconds for 1,000 rows, and strip cells' last blanks."""
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
-    for column in shown:
-        label = column.kind == "method"
-        drawn.add_column(
-            Text("\n".join(column.header)),
-            justify="left" if column.kind in ("method", "scheme", "contract") else "right",
-            no_wrap=not label,
-            overflow="fold",
-            min_width=_column_width(column),
-        )
-    line = 0
+    widths = [column.width for column in shown]
+    height = max(len(column.header) for column in shown)
+    headers = [("",) * (height - len(column.header)) + column.header for column in shown]
+    drawn = Text()
+    for line in zip(*headers, strict=True):
+        drawn.append(_joined(shown, widths, line) + "\n", "bold")
+    drawn.append("─" * _width(shown) + "\n")
+    i = 0
     for block in table.blocks:
+        if i:
+            drawn.append("\n")
         for row in block.rows:
-            cells = [(column.kind, column.cells[line]) for column in shown]
-            drawn.add_row(
-                *(Text(cell, "bold" if kind == "value" and is_best(cell) else "") for kind, cell in cells),
-                style="dim" if row.result.is_baseline else None,
-            )
-            line += 1
-        drawn.add_section()
+            _draw_row(drawn, shown, widths, i, "dim" if row.result.is_baseline else "")
+            i += 1
     return drawn
+
+
+def _draw_row(drawn: Text, shown: list[Column], widths: list[int], i: int, style: str) -> None:
+    """One row, in as many lines as its label needs."""
+    cells = [
+        textwrap.wrap(column.cells[i], width, break_on_hyphens=False)
+        if column.kind == "method"
+        else [column.cells[i]]
+        for column, width in zip(shown, widths, strict=True)
+    ]
+    for line in itertools.zip_longest(*cells, fillvalue=""):
+        start = len(drawn)
+        text = _joined(shown, widths, line)
+        drawn.append(text + "\n", style)
+        place = start
+        for column, width, cell in zip(shown, widths, line, strict=True):
+            if column.kind == "value" and is_best(cell):
+                drawn.stylize("bold", place, place + width)
+            place += width + len(GAP)
+
+
+def _joined(shown: list[Column], widths: list[int], cells: Sequence[str]) -> str:
+    """One line: words to the left, numbers to the right."""
+    left = [column.kind in ("method", "scheme", "contract") for column in shown]
+    padded = [
+        cell + " " * (width - cell_width(cell)) if flag else " " * (width - cell_width(cell)) + cell
+        for cell, width, flag in zip(cells, widths, left, strict=True)
+    ]
+    return GAP.join(padded).rstrip()

@@ -125,6 +125,24 @@ def test_rows_of_several_seeds_are_one_line_with_their_spread(width: int) -> Non
     assert "values are means over them" in " ".join(text.split())
 
 
+def test_a_task_that_no_row_does_better_than_guessing_says_so() -> None:
+    def metrics(seed: int, skill: float) -> dict[str, Metric]:
+        hard = accuracy(seed, 0.25, "arc (0-shot)").model_copy(update={"chance": 0.25})
+        easy = accuracy(seed, skill, "piqa (0-shot)").model_copy(update={"chance": 0.25})
+        return {"arc/acc": hard, "piqa/acc": easy}
+
+    comparison = compare([baseline(metrics=metrics(1, 0.9)), make_result("rtn", metrics=metrics(2, 0.8))])
+    for row in comparison.tables[0].blocks[0].rows:
+        assert row.scores["arc/acc"].above_chance is False
+        assert row.scores["piqa/acc"].above_chance is True
+        assert row.scores["average/acc"].chance == 0.25 and row.scores["average/acc"].above_chance
+    text = comparison.render("table", 120)
+    assert len(re.findall(r"0\.2\d\d ±0\.0\d\d°", text)) == 2 and text.count("°") == 3
+    assert "° not shown to be above guessing" in text
+    assert "°" not in compare(make_run(tasks=7)).render("table", 200)  # no chance is known
+    assert "^\\circ" in comparison.render("latex")
+
+
 def test_a_balanced_grid_has_its_star() -> None:
     starred = make_result("abq", "W2A8", options={"bit_balance": True})
     text = compare([baseline(), starred, make_result("rtn", "W2A8", extra=0.4)]).render("table", 120)
