@@ -39,8 +39,6 @@ CPU_JOBS: list[list[str]] = [
      "--scheme=W4A16g128", "--scheme=W8A16", "--scheme=W8A8"],
     ["--model=tiny-llama", "--backend=torch", "--method=affinequant", "--threads=1", "--tokens=1", "--tokens=16",
      *(f"--scheme={s}" for s in ("W4A16g128", "W3A16g128", "W8A16", "W8A8", "W4A4"))],
-    ["--model=tiny-llama", "--end-to-end", "--backend=torch", "--threads=1",
-     *(f"--scheme={s}" for s in ("W4A16g128", "W8A16", "W8A8"))],
 ]  # fmt: skip
 
 

@@ -110,7 +110,7 @@ def load_backends(names: Sequence[str], device: str) -> tuple[dict[str, Backend]
 def ceilings(backends: Mapping[str, Backend], device: str, protocol: Protocol) -> Ceilings:
     """The device's rates by torch's own operations; where humming is in use, by its int8 probe too, if that is higher.
 
-    cuBLAS reaches less than half of a Hopper GPU's int8 rate; a percentage of that would exceed 100.
+    Where torch's own product stays below what the tensor cores can do, a share of its rate would exceed 100%.
     """
     found = measure_ceilings(device, protocol)
     if "humming" not in backends:

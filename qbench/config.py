@@ -69,13 +69,17 @@ class EvalConfig(_Section):
         ge=2,
         description="Tokens per evaluation window. Default: as for calibration; embedded models their limit.",
     )
-    limit: int | None = Field(None, ge=1, description="Score only the first windows of each dataset.")
+    limit: int | None = Field(
+        None, ge=1, description="Score only the first windows of each text and items of each task."
+    )
     tasks: list[Name] = Field(
         [],
         description="Zero-shot tasks: names of lm-eval's, paper6 (the published six), mmlu, stdlib (needs no files), "
         "or local files as NAME=PATH; repeatable, or joined by commas.",
     )
-    limit_items: int | None = Field(None, ge=1, description="Score only the first items of each task.")
+    limit_items: int | None = Field(
+        None, ge=1, description="Score only the first items of each task. Default: as --limit."
+    )
     fewshot: int | None = Field(
         None,
         ge=0,

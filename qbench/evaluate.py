@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,7 +153,7 @@ def make_suite(evals: EvalConfig, tokenizer: Any, seq_len: int, max_length: int,
         )
         for spec in evals.datasets
     ]
-    tasks = load_tasks(evals.tasks, evals.limit_items, evals.fewshot) if evals.tasks else None
+    tasks = load_tasks(evals.tasks, evals.limit_items or evals.limit, evals.fewshot) if evals.tasks else None
     return Suite(texts, tokenizer, max_length, evals.batch_size, tasks, evals.fidelity, evals.generate)
 
 
@@ -186,6 +186,16 @@ def scored_text(
         )
     words = word_text(name, text.text, rolling, limit) if rolling else None
     return ScoredText(name, windows, protocol, text.fingerprint, len(every.ids), words)
+
+
+def guesses(metrics: Mapping[str, Metric]) -> list[str]:
+    """A note that names the accuracies whose 95% interval reaches down to guessing; none if there are none."""
+    weak = [
+        f"{name} ({metric.chance:.2g})"
+        for name, metric in metrics.items()
+        if metric.chance is not None and metric.value - 1.96 * (metric.stderr or 0) <= metric.chance
+    ]
+    return [f"not above guessing: {', '.join(weak)}"] if weak else []
 
 
 def score(

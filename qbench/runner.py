@@ -38,6 +38,7 @@ from qbench.evaluate import (
     cache_scores,
     cached_scores,
     choose_device,
+    guesses,
     make_suite,
     model_fingerprint,
     reference_folder,
@@ -184,6 +185,29 @@ def check_texts(config: RunConfig, described: LoadedModel) -> tuple[TokenWindows
     return calibration, suite
 
 
+def prepare(
+    config: RunConfig, wanted: Sequence[Wanted], listener: Listener, loaded: LoadedModel | None = None
+) -> tuple[_Common, list[_Cell]]:
+    """Everything that a pass needs before the first block is computed: see `run_pass`."""
+    methods = check_request(config, wanted)
+    device = choose_device(config.compute.device)
+    loaded = loaded or load(config, listener)
+    cells = _cells(wanted, methods, loaded)
+    settings = _settings(config, device, loaded)
+    files = _channel_files(config, loaded)
+    listener.stage("calibration")
+    calibration, suite, notes = _texts(config, loaded)
+    overlap, warnings = _overlap(config, loaded, calibration, suite)
+    contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
+    for warning in warnings:
+        listener.note(warning)
+    common = _Common(
+        config, loaded, settings, calibration, suite, contract, fields, ResultStore(config.output), listener,
+        [*notes, *warnings], overlap, files,
+    )  # fmt: skip
+    return common, cells
+
+
 def run_pass(
     config: RunConfig,
     wanted: Sequence[Wanted],
@@ -207,36 +231,9 @@ def run_pass(
         DataError: Missing or damaged files.
         NumericalError: The full-precision model itself gives values that are not finite.
     """
-    listener = listener or Listener()
-    methods = check_request(config, wanted)
-    device = choose_device(config.compute.device)
-    loaded = loaded or load(config, listener)
-    cells = _cells(wanted, methods, loaded)
-    settings = _settings(config, device, loaded)
-
-    files = _channel_files(config, loaded)
-    listener.stage("calibration")
-    calibration, suite, notes = _texts(config, loaded)
-    overlap, warnings = _overlap(config, loaded, calibration, suite)
-    contract, fields = provenance.contract(_contract_fields(config, loaded, settings, calibration, suite))
-    store = ResultStore(config.output)
-    common = _Common(
-        config,
-        loaded,
-        settings,
-        calibration,
-        suite,
-        contract,
-        fields,
-        store,
-        listener,
-        notes + warnings,
-        overlap,
-        files,
-    )
-    for warning in warnings:
-        listener.note(warning)
-    waiting = [cell for cell in cells if _stored(common, cell) is None]
+    common, cells = prepare(config, wanted, listener or Listener(), loaded)
+    listener = common.listener
+    waiting = [cell for cell in cells if stored_row(common, cell) is None]
     if config.resume is not None and waiting and not any(_has_blocks(common, cell) for cell in waiting):
         raise ConfigError(
             f"resume={config.resume!r} holds no finished block of this request: model, tokens, method, options, "
@@ -246,12 +243,12 @@ def run_pass(
     listener.row(result.baseline)
     for cell in cells:
         if cell not in waiting:
-            _finish(common, cell, result, _stored(common, cell))
+            _finish(common, cell, result, stored_row(common, cell))
     told = False
     while waiting:
         locked = [cell for cell in waiting if cell.lock(_folder(common, cell)).acquire()]
         try:
-            for part in _parts(common, [c for c in locked if not _made_meanwhile(common, c, result)]):
+            for part in parts(common, [c for c in locked if not _made_meanwhile(common, c, result)]):
                 _compute(common, part, result)
         finally:
             for cell in locked:
@@ -312,7 +309,7 @@ def _cells(wanted: Sequence[Wanted], methods: Sequence[Method], loaded: LoadedMo
     return list(distinct_cells.values())
 
 
-def _stored(common: _Common, cell: _Cell) -> Result | None:
+def stored_row(common: _Common, cell: _Cell) -> Result | None:
     """The row of an earlier run, if nothing has to be done for it again."""
     config = common.config
     if config.restart or config.save_dir is not None or config.save_act_scales is not None:
@@ -328,7 +325,7 @@ def _same_code(row: Result) -> bool:
 
 def _made_meanwhile(common: _Common, cell: _Cell, result: PassResult) -> bool:
     """Whether the process that held the cell before us finished it."""
-    row = _stored(common, cell)
+    row = stored_row(common, cell)
     if row is not None:
         _finish(common, cell, result, row)
     return row is not None
@@ -371,7 +368,7 @@ def _key(common: _Common, cell: _Cell) -> str:
     return common.config.alone(cell.request, str(cell.scheme)).hash()
 
 
-def _parts(common: _Common, cells: Sequence[_Cell]) -> list[Sequence[_Cell]]:
+def parts(common: _Common, cells: Sequence[_Cell]) -> list[Sequence[_Cell]]:
     """As many lanes to a pass as memory holds hidden states for; the rest take another pass."""
     settings, ids = common.settings, common.calibration.ids
     if not cells or settings.placement is not None:
@@ -650,6 +647,11 @@ def _baseline_row(common: _Common) -> Result | None:
     return common.store.find(_row_id(common, BASELINE, Scheme(16, 16), {}, trained=False))
 
 
+def baseline_is_known(common: _Common) -> bool:
+    """Whether the full-precision model need not be evaluated."""
+    return not common.config.restart and cached_scores(_baseline_cache(common)) is not None
+
+
 def _measure(common: _Common, lane: Lane, cell: _Cell, result: LaneResult) -> Result:
     """Evaluate one finished lane and record its row."""
     loaded, settings, method = common.loaded, common.settings, cell.method
@@ -729,7 +731,7 @@ def _record(
         cost=cost,
         contract=common.contract,
         contract_fields=common.fields,
-        notes=list(dict.fromkeys(notes)),
+        notes=list(dict.fromkeys(notes + guesses(scores.metrics))),
         transforms=result.transforms[0] if result is not None and result.transforms else [],
         blocks=result.records if result is not None else [],
         config=request.model_dump(mode="json", exclude=PLACES),  # where files lie changes no number

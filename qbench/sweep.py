@@ -19,6 +19,7 @@ from qbench.config import PLACES
 from qbench.errors import ConfigError, QbenchError
 from qbench.executors import Event, Executor, Job, LocalExecutor
 from qbench.failures import Failure, FailureStore
+from qbench.planning import PassPlan
 from qbench.results import Result, ResultStore, require_writable
 
 POLL_S = 0.2
@@ -154,6 +155,38 @@ def jobs(cells: Sequence[Cell], slots: int, kind: str = "pass") -> list[Job]:
         chosen = [{cell.label for cell in order[k::n]} for k in range(n)]
         parts += [Job(tuple(cell for cell in group if cell.label in part), kind) for part in chosen]
     return parts
+
+
+def plan(cells: Sequence[Cell], watcher: Watcher) -> list[PassPlan]:
+    """Predict every pass of a sweep, one after the other, each in a process of its own as it will be computed.
+
+    Raises:
+        ConfigError: If a probe fails, with its reason.
+    """
+    executor = LocalExecutor()
+    plans: list[PassPlan] = []
+    try:
+        for job in jobs(cells, 1, "plan"):
+            executor.start(job)
+            ended = False
+            while not ended:
+                for _, event in executor.events(POLL_S):
+                    watcher.said(job, event)
+                    if event["event"] == "plan":
+                        plans.append(PassPlan.from_json(dict(event)))
+                    elif event["event"] == "refused":
+                        raise ConfigError(f"{_some([c.label for c in job.cells])}: {event['error']}")
+                    elif event["event"] == "exit":
+                        ended = True
+                        if event["crash"]:
+                            raise ConfigError(
+                                f"{_some([c.label for c in job.cells])}: the probe of one block did not survive: "
+                                f"{event['crash']}. Use fewer or shorter windows, or a smaller model."
+                            )
+                watcher.tick()
+    finally:
+        executor.close()
+    return plans
 
 
 def sweep(cells: Sequence[Cell], executor: Executor, watcher: Watcher, retry_failed: bool = False) -> Outcome:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -63,7 +62,7 @@ def work(job: Mapping[str, Any], send: Send) -> None:
     """Do one job; an error that a user can act on is an event, anything else ends the process with its traceback.
 
     Args:
-        job: `{"config": …, "wanted": [{"label", "request", "scheme"}, …]}`.
+        job: `{"kind": "pass" | "plan", "config": …, "wanted": [{"label", "request", "scheme"}, …]}`.
         send: Takes the events.
     """
     try:
@@ -73,7 +72,12 @@ def work(job: Mapping[str, Any], send: Send) -> None:
         wanted = [
             Wanted(w["label"], MethodRequest.model_validate(w["request"]), w["scheme"]) for w in job["wanted"]
         ]
-        run_pass(config, wanted, Telling(send))
+        if job["kind"] == "plan":
+            from qbench.planning import plan_pass
+
+            send({"event": "plan", **plan_pass(config, wanted, Telling(send)).as_json()})
+        else:
+            run_pass(config, wanted, Telling(send))
     except QbenchError as error:
         send({"event": "refused", "kind": type(error).__name__, "error": str(error)})
 
@@ -82,7 +86,7 @@ def main() -> None:
     """Read the job, then work until it is done or nobody listens any more."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints to stdout goes to the log instead of between the events
-    job = json.loads(sys.stdin.buffer.readline())
+    job = json.loads(_first_line())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = threading.Lock()
 
@@ -94,8 +98,14 @@ def main() -> None:
     work(job, send)
 
 
+def _first_line() -> bytes:
+    with os.fdopen(os.dup(0), "rb") as stdin:
+        return stdin.readline()
+
+
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not through sys.stdin, whose lock would be held when this process ends by itself
+        pass
     os._exit(ORPHANED)
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from qbench.engine.authors import as_authors_write
 from qbench.engine.state import BlockState
 from qbench.errors import ConfigError, QbenchError
+from qbench.methods.authors import as_authors_write
 from qbench.models.loading import load_model
 
 

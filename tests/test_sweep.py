@@ -25,6 +25,7 @@ from qbench.executors import PACKAGE_ROOT, Event, Job, LocalExecutor
 from qbench.failures import FailureStore
 from qbench.results import Result, ResultStore
 from qbench.sweep import Outcome, check, jobs, sweep
+from qbench.verification import without_times
 from qbench.worker import work
 from tests.test_runner import SEQ_LEN, TRAINED, Setting
 
@@ -111,13 +112,7 @@ class Here:
 
 def stored(folder: Path) -> dict[str, dict]:
     """Every record's fields but times, peaks and the moment."""
-    found = {}
-    for row in ResultStore(folder).load_all():
-        data = row.model_dump(mode="json", exclude={"created", "cost"})
-        for block in data["blocks"]:
-            block.pop("seconds")
-        found[row.id] = data
-    return found
+    return {row.id: without_times(row) for row in ResultStore(folder).load_all()}
 
 
 def test_a_sweep_gives_the_rows_of_single_runs(here) -> None:

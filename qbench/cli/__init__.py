@@ -22,6 +22,9 @@ COMMANDS = Registry(
     {
         "run": "qbench.cli.run:run",
         "sweep": "qbench.cli.sweep:sweep",
+        "plan": "qbench.cli.sweep:plan",
+        "ablate": "qbench.cli.ablate:ablate",
+        "verify": "qbench.cli.verify:verify",
         "eval": "qbench.cli.eval:evaluate",
         "compare": "qbench.cli.compare:compare",
         "report": "qbench.cli.report:report",
@@ -36,6 +39,9 @@ COMMANDS = Registry(
 SUMMARIES = {
     "run": "Quantize a model by several methods and compare them.",
     "sweep": "Compute methods × schemes × models × seeds, resumable, in as few passes as possible.",
+    "plan": "Predict what a sweep will cost on this machine, and whether it fits.",
+    "ablate": "Measure what each switch of a method contributes and costs.",
+    "verify": "Make a stored row again and report agreement.",
     "eval": "Measure any model folder as it is, and against full precision.",
     "compare": "Compare the results in one or more folders.",
     "report": "Tables and a page for papers and readers.",

@@ -128,7 +128,8 @@ def _run(given: dict[str, Any], schemes: list[Scheme], device: str, path: Path) 
     protocol = Protocol(loop_s=given["loop_seconds"], limit_s=given["slow_seconds"])
     described = torch.cuda.get_device_name() if device == "cuda" else provenance.environment()["cpu"]
     if device == "cpu":
-        described += f", {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        described += f", {threads} thread{'s' if threads > 1 else ''}"
     report = Report(
         commands=[shlex.join(["qbench", *sys.argv[1:]])],
         device=described,

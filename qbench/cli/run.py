@@ -79,6 +79,7 @@ METHOD_OPTIONS: dict[str, tuple[type, str]] = {
     "let_lr": (float, "learning rate of the transforms"),
     "lwc_lr": (float, "learning rate of the clipping"),
     "epochs": (int, "passes over the calibration windows for each block"),
+    "bit_balance": (bool, "five levels instead of four for 2-bit weights (W2*)"),
 }
 METHOD_SECTION = "Options of methods (see `qbench methods NAME`; default: the method's preset for the scheme)"
 

@@ -162,3 +162,39 @@ sweep = _Command(
     help=_sweep.__doc__,
     context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )
+
+
+def _plan(**given: Any) -> None:
+    """Predict what a sweep will cost, from a probe of one block, and refuse what cannot fit.
+
+    Nothing is computed and nothing is written. Times are of this machine as it is now, with nothing else on it.
+    """
+    config, cells = read(given)
+    from qbench import sweep as sweeps
+
+    sweeps.check(cells)
+    from qbench.cli.sweep_view import watching
+
+    with watching() as view:
+        view.begin(cells)
+        plans = sweeps.plan(cells, view)
+    from qbench.cli.plan_table import print_plans
+
+    print_plans(plans, config.executor.workers or 1, given["format_"])
+    problems = [f"{plan.model}: {problem}" for plan in plans for problem in plan.problems]
+    if problems:
+        raise ConfigError(" ".join(problems))
+
+
+plan = _Command(
+    "plan",
+    callback=_plan,
+    params=[
+        *_options(),
+        _Option("Where", ["--restart"], is_flag=True, help="As if there were no earlier results."),
+        _Option("Where", ["--format", "format_"], type=click.Choice(["table", "json"]), default="table",
+                help="Form of the result on stdout. Default: table."),
+    ],
+    help=_plan.__doc__,
+    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
+)  # fmt: skip

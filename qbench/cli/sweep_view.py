@@ -66,7 +66,10 @@ class SweepView:
 
     def said(self, job: Job, event: Event) -> None:
         """See `sweep.Watcher`."""
-        kind, state = event["event"], self.cells.get(event.get("lane", ""))
+        kind, lane = event["event"], event.get("lane", "")
+        if kind == "evaluating":  # LABEL, WHAT
+            lane, _, what = lane.rpartition(", ")
+        state = self.cells.get(lane)
         if kind == "stage":
             self.doing = f"{event['name']} {event['detail']}".strip()
             self.stage(job, self.doing)
@@ -91,7 +94,7 @@ class SweepView:
             state.text = f"block {record.index + 1}/{self.blocks.get(job, 0)}{error}"
             self.block(state)
         elif kind == "evaluating":
-            state.phase, state.text = "running", f"evaluate {event['done']}/{event['total']}"
+            state.phase, state.text = "running", f"evaluate {what} {event['done']}/{event['total']}"
 
     def settled(self, cell: Cell, outcome: str, detail: str, row: Result | None) -> None:
         """See `sweep.Watcher`."""

@@ -250,7 +250,7 @@ def _lumped_kl(logprobs: Tensor, tokens: Tensor, tail: Tensor, q: Tensor) -> tup
     rest_q = (1 - log_q.exp().sum(-1, dtype=torch.float64)).clamp_min(smallest)
     lump = rest_p * (rest_p / rest_q).log()
     bound = tail + _most_cross_entropy(logprobs[..., -1].double(), rest_p, tokens, q) - lump
-    return (kl + lump).clamp_min(0), bound.clamp_min(0)
+    return kl.clamp_min(0), bound.clamp_min(0)
 
 
 def _most_cross_entropy(cap: Tensor, rest: Tensor, tokens: Tensor, q: Tensor) -> Tensor:

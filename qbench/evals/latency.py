@@ -1,10 +1,10 @@
 """The timing protocol: many calls, rotated weights, interleaved candidates; and the rates that bound them.
 
-On a GPU a candidate's calls are captured as one CUDA graph over copies of its weights that together exceed the L2 cache
-several times, because a loop in Python measures launches and a single hot copy measures the cache: on one layer the
-same kernel took 10.5 µs hot, 13.4 µs by this protocol, 20.4 µs in a Python loop. On a CPU a candidate is called in a
-loop of at least a second over such copies. Candidates are measured in the order A B C C B A, so that slow drifts of the
-machine cancel, and the two passes of one candidate tell how far the same code lies from itself.
+On a GPU a candidate's calls are captured as one CUDA graph over copies of its weights that together exceed the L2
+cache several times, because a loop in Python measures launches and a single hot copy measures the cache. On a CPU a
+candidate is called in a loop of at least a second over such copies. Candidates are measured in the order A B C C B
+A, so that slow drifts of the machine cancel, and the two passes of one candidate tell how far the same code lies
+from itself.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def measure_peaks(model: nn.Module, ids: Tensor, device: torch.device) -> dict[s
 
     Args:
         model: A causal language model, ready to run on `device`.
-        ids: The prompt  # [1, t]
+        ids: The prompt  # [1, t]; cut so that what is decoded still fits the model's positions
         device: Where it runs.
 
     Returns:
@@ -69,6 +69,7 @@ def measure_peaks(model: nn.Module, ids: Tensor, device: torch.device) -> dict[s
         resident memory until the end of both, which also holds whatever came before.
     """
     cuda = device.type == "cuda"
+    ids = ids[:, : max(1, getattr(model.config, "max_position_embeddings", ids.shape[1] + DECODED) - DECODED)]
     with evaluating(model):
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)

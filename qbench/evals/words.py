@@ -53,7 +53,7 @@ def word_text(name: str, text: str, max_length: int, limit: int | None = None) -
     kind = f"{len(found)} articles, detokenized" if articles else "one document"
     return WordText(
         [detokenized(document) if articles else document for document in kept],
-        [len(re.split(r"\s+", document)) for document in kept],  # lm-eval's count
+        [len(document.split()) for document in kept],  # lm-eval's count
         f"{name} word perplexity (rolling {max_length}, {kind}{cut})",
         len(found),
     )

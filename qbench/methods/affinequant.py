@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from qbench.engine import authors
 from qbench.engine.initial import initial_scale, initial_shift
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
 from qbench.errors import ConfigError
+from qbench.methods import authors
 from qbench.methods.base import Method
 from qbench.models.base import BlockSpec, Site
 from qbench.quant.clipping import Clipping
@@ -49,6 +49,7 @@ class AffineQuant(Method):
         None,
         gt=0,
         le=1,
+        json_schema_extra={"alternatives": [0.01, 1.0]},
         description="Stability factor of off-diagonal entries. Preset: 0.01 weight-only (OPT: by size), else 0.1.",
     )
     gradual: bool = Field(
@@ -63,11 +64,20 @@ class AffineQuant(Method):
         description="Entries kept at least 0.01 from zero; all: the published form, off-diagonals too.",
     )
     epochs: int | None = Field(
-        None, ge=1, description="Passes over the windows. Preset: 20; 40 for 2-bit weights."
+        None,
+        ge=1,
+        json_schema_extra={"alternatives": [10]},
+        description="Passes over the windows. Preset: 20; 40 for 2-bit weights.",
     )
     let_lr: float = Field(5e-3, gt=0, description="Learning rate of matrices, scales and shifts.")
     lwc_lr: float = Field(1e-2, gt=0, description="Learning rate of the clipping logits.")
-    alpha: float = Field(0.5, ge=0, le=1, description="Initial balance of activations and weights.")
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        json_schema_extra={"alternatives": [0.25, 0.75]},
+        description="Initial balance of activations and weights.",
+    )
     aug_loss: bool | None = Field(
         None,
         description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit.",

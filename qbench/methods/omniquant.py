@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from qbench.engine import authors
 from qbench.engine.initial import initial_scale, initial_shift
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
+from qbench.methods import authors
 from qbench.methods.base import Method
 from qbench.models.base import BlockSpec
 from qbench.quant.clipping import Clipping

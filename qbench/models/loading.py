@@ -261,16 +261,22 @@ def load_as_is(
     missing = sorted(report["missing_keys"])
     if missing:
         raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+    try:
+        architecture = architecture_for(config)
+        blocks = model.get_submodule(architecture.blocks)
+    except (
+        UnsupportedSchemeError
+    ):  # only needed for extra biases, and where the model does not fit the device
+        architecture, blocks = None, nn.ModuleList()
+    if quantization is None and architecture is not None:
+        with _readable(name):
+            apply_extra_biases(model, architecture, sorted(report["unexpected_keys"]), location, revision)
     model = model.eval().requires_grad_(False)
     if quantization is None:
         n_parameters = sum(p.numel() for p in model.parameters())
         model = model.to(choose_dtype(dtype, n_parameters, device.type == "cuda"))
     elif not isinstance(quantization, dict):
         quantization = quantization.to_dict()
-    try:
-        blocks = model.get_submodule(architecture_for(config).blocks)
-    except UnsupportedSchemeError:  # only needed where the model does not fit the device
-        blocks = nn.ModuleList()
     text = config.get_text_config()
     limits = (getattr(text, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
     max_seq_len = next((limit for limit in limits if limit is not None), tokenizer.model_max_length)

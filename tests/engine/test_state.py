@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -104,3 +105,22 @@ def test_a_file_of_another_format_or_program_is_refused(tmp_path: Path) -> None:
     save_file(load_file(path), path, {"qbench": json.dumps({"format": 99})})
     with pytest.raises(DataError, match="has format 99"):
         BlockState.load(path)
+
+
+@pytest.mark.parametrize("part", ["codes", "scale", "zero_point", "role"])
+def test_the_digest_sees_every_integer_and_nothing_else(part: str) -> None:
+    def digest(state: BlockState) -> str:
+        found = hashlib.sha256()
+        state.update_digest(found)
+        return found.hexdigest()
+
+    state = block_state()
+    timed = replace(state, record=None, learned={}, transforms=[])
+    assert digest(block_state()) == digest(state) == digest(timed)
+    other = block_state()
+    if part == "role":
+        other.linears["k"] = other.linears.pop("q")
+    else:
+        tensor = getattr(other.linears["q"], part)
+        tensor[0, 0] += 1
+    assert digest(other) != digest(state)

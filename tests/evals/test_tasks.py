@@ -184,9 +184,12 @@ def test_rolling_and_generating_tasks_run_too(tmp_path, folder) -> None:
 
 def test_every_model_sees_the_same_examples_and_prompts_are_hashed(tmp_path, folder) -> None:
     path = write(tmp_path / "own.jsonl", choice_rows(20))
-    tasks, first = score([str(path)], folder, fewshot=2)
-    again = tasks.score(model_folders.plain_model(folder), model_folders.tokenizer(), CPU)
-    assert first == again
+    tasks = load_tasks([str(path)], fewshot=2)
+    shown = []
+    for _ in range(3):  # as hashed, to the first model, to the second
+        shown.append([instance.arguments for instance in tasks.loaded["tasks"]["own"].instances])
+        tasks.score(model_folders.plain_model(folder), model_folders.tokenizer(), CPU)
+    assert shown[0] == shown[1] == shown[2]
     assert load_tasks([str(path)], fewshot=2).contract_fields() == tasks.contract_fields()
     prompts = {
         load_tasks([str(path)], limit=limit, fewshot=shots).fingerprints["own"]

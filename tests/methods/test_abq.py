@@ -158,3 +158,10 @@ def test_five_levels_under_another_rounding_rule(tiny_llama, tokens) -> None:
     codes = torch.cat([linear.codes.flatten() for linear in result.state(1).linears.values()])
     assert codes.unique().tolist() == [0, 1, 2, 3, 4]
     assert result.state(1).linears["down"].grid.extra_level
+
+
+def test_compensation_has_a_rate_of_its_own(tiny_llama, tokens) -> None:
+    """The first step of Adam moves every entry by its learning rate."""
+    lane = make_lane(tiny_llama, "abq", "W4A16", epochs=1, lwc=False, sites=("mlp_in",), compensation_lr=0.02)
+    (result,) = reconstruct_lanes(tiny_llama, tokens[:1], [lane])
+    assert float(result.state(0).learned["compensation_down.a"].abs().max()) == pytest.approx(0.02, rel=1e-2)

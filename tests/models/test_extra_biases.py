@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qbench.cli import main
+from qbench.data.text import load_text
+from qbench.data.windows import evaluation_windows
 from qbench.engine import attention
 from qbench.errors import DataError
+from qbench.evals.perplexity import perplexity
 from qbench.models.loading import load_model
+from qbench.results import ResultStore
 from tests import model_folders
 from tests.blocks import blocks_of
 from tests.tiny_runs import make_lane, reconstruct_lanes, spec_of
@@ -134,3 +140,28 @@ def test_a_bias_without_a_place_is_refused(tiny_llama, biases, tmp_path, change,
     change(biases)
     with pytest.raises(DataError, match=word):
         load_model(folder(tiny_llama, biases, tmp_path / "model"))
+
+
+def test_qbench_eval_scores_the_folder_as_it_is_meant(tiny_llama, biases, tmp_path) -> None:
+    path = folder(tiny_llama, biases, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(model_folders.text(200, seed=3))
+    arguments = [
+        "eval",
+        path,
+        "--eval",
+        f"own={tmp_path / 'text.txt'}",
+        "--seqlen",
+        "32",
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    (row,) = ResultStore(tmp_path / "r").load_all()
+    text = load_text(str(tmp_path / "text.txt"), "evaluation")
+    ids = evaluation_windows(text, model_folders.tokenizer(), 32).ids
+    expected = perplexity(by_hand(tiny_llama, biases), ids, batch_size=4).value
+    assert row.metrics["own/perplexity"].value == pytest.approx(expected, rel=1e-5)
+    assert row.metrics["own/perplexity"].value != pytest.approx(
+        perplexity(model_folders.plain_model(Path(path)), ids, batch_size=4).value, rel=1e-2
+    )

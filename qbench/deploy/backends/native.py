@@ -97,7 +97,7 @@ class IntegerProductLayer(KernelLayer):
         super().__init__(request, bias)
         middle = request.grid.mid
         codes = (weight.codes.to(torch.int16) - middle).to(torch.int8)  # [out, in]
-        # CPU: [in, out] contiguous is 30 times faster; CUDA: a transposed view of [out, in] is what cuBLASLt takes
+        # CPU: fast only where [in, out] is contiguous; CUDA: a transposed view of [out, in] is what cuBLASLt takes
         packed = codes.t().contiguous() if request.device == "cpu" else codes.contiguous()
         self.register_buffer("packed", packed)
         zero = weight.zero_point[:, 0].float() - middle
@@ -147,7 +147,7 @@ class Native:
         return None
 
     def dtypes(self, device: str) -> tuple[torch.dtype, ...]:
-        """bfloat16 first: tinygemm knows nothing else, and on a CPU the others are slower by tens of times."""
+        """bfloat16 first: tinygemm knows nothing else, and on a CPU the int4 kernel is fast in no other type."""
         wide = (torch.float16, torch.float32)
         return (torch.bfloat16, *wide) if device == "cpu" else (torch.bfloat16, torch.float16)
 

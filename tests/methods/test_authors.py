@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from qbench.cli import main
-from qbench.engine import authors
 from qbench.engine.reconstruct import LaneResult
 from qbench.errors import ConfigError, DataError
+from qbench.methods import authors
 from qbench.methods.affinequant import AffineQuant
 from qbench.methods.omniquant import OmniQuant
 from qbench.quant.uniform import QuantizedWeight

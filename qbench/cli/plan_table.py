@@ -1,0 +1,67 @@
+"""The table of `qbench plan`: every cell's blocks, time and disk, every pass's peak memory, and the sums."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from qbench.reports.columns import MISSING, format_seconds
+
+
+def print_plans(plans: Sequence[Any], workers: int, form: str) -> None:
+    """Print plans to stdout, as a table or as JSON."""
+    seconds = max([sum(plan.seconds for plan in plans) / workers, *(plan.seconds for plan in plans)])
+    total = {
+        "seconds": seconds,
+        "cpu_bytes": max(plan.cpu_bytes for plan in plans) * min(workers, len(plans)),
+        "gpu_bytes": max((plan.gpu_bytes or 0 for plan in plans), default=0) or None,
+        "disk_bytes": sum(plan.disk_bytes for plan in plans),
+    }
+    if form == "json":
+        click.echo(
+            json.dumps({"passes": [plan.as_json()["plan"] for plan in plans], "total": total}, indent=1)
+        )
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("cell")
+    for name in ("blocks", "quantize", "evaluate", "memory", "GPU", "disk"):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        gpu = MISSING if plan.gpu_bytes is None else size(plan.gpu_bytes)
+        for cell in plan.cells:
+            if cell.stored:
+                table.add_row(cell.label, "stored", *[""] * 5, style="dim")
+                continue
+            cost = (_seconds(cell.quantize_s), _seconds(cell.evaluate_s))
+            table.add_row(
+                cell.label, str(cell.blocks), *cost, size(plan.cpu_bytes), gpu, size(cell.disk_bytes)
+            )
+        shared = f"{plan.model}: start, full precision" + (f", {plan.parts} passes" if plan.parts > 1 else "")
+        whole = _seconds(plan.start_s + plan.shared_s)
+        table.add_row(
+            shared, "", whole, _seconds(plan.baseline_s), "", "", "", style="italic", end_section=True
+        )
+    Console().print(table)
+    click.echo(
+        f"{len(plans)} pass{'es' * (len(plans) > 1)}, {workers} at a time: {_seconds(seconds)}, "
+        f"peak memory {size(total['cpu_bytes'] or 0)}, disk {size(total['disk_bytes'] or 0)}"
+    )
+
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+        click.echo(f"note: {note}")
+
+
+def _seconds(value: float) -> str:
+    return format_seconds(value) if value > 0 else MISSING
+
+
+def size(n_bytes: float) -> str:
+    """Bytes as people read them."""
+    return f"{n_bytes / 2**20:.0f} MiB" if n_bytes < 2**30 else f"{n_bytes / 2**30:.2f} GiB"
