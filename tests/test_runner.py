@@ -656,7 +656,7 @@ def test_save_dir_writes_what_folds_and_says_what_does_not(here) -> None:
 def test_models_that_would_overwrite_each_other_are_not_saved(here) -> None:
     twice = [{"name": "smoothquant", "options": {"alpha": alpha}} for alpha in (0.4, 0.6)]
     for changes in ({"seeds": 2}, {"methods": twice}):
-        with pytest.raises(ConfigError, match="would overwrite each other"):
+        with pytest.raises(ConfigError, match="would be exported to"):
             here.run(save_dir=str(here.folder / "saved"), **changes)
     assert not here.output.exists()
 
