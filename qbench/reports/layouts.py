@@ -215,12 +215,13 @@ def marks_of(section: Section, key: str) -> dict[str, Mark]:
 
 
 def score_cell(key: str, score: Score, mark: Mark | None = None) -> Cell:
-    """A score as the papers print it: accuracies in percent, perplexities with about four digits."""
+    """A score as the papers print it: accuracies in percent (° if a guess may do as well)."""
     metric = split_metric(key)[1]
     factor = 100 if metric in PERCENT else 1
     value = score.value * factor
     half = "" if score.half_width is None else format_half_width(score.half_width * factor, value)
-    return Cell(format_value(value), half, mark)
+    guessed = "°" if score.above_chance is False else ""
+    return Cell(format_value(value) + guessed, half, mark)
 
 
 def leaderboard_sheets(sections: Sequence[Section]) -> list[Sheet]:

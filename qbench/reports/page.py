@@ -361,7 +361,8 @@ def _metric(
         "" if score.half_width is None else format_half_width(score.half_width * factor, score.value * factor)
     )
     found: dict[str, Any] = {
-        "text": f"{format_value(score.value * factor)}{' %' if factor == 100 else ''} {half}".strip(),
+        "text": f"{format_value(score.value * factor)}{' %' if factor == 100 else ''} {half}".strip()
+        + (" (guessing may do)" if score.above_chance is False else ""),
         "n": metric.n if metric else len(section.task_keys),
         "protocol": protocols.place(metric.protocol if metric else section.table.protocols.get(key, MISSING)),
     }
