@@ -361,7 +361,7 @@ def runtimes_at_hand(format_: Format, given: Mapping[str, str]) -> tuple[dict[st
             left[name] = "reads gptq_v2 as garbage"
         elif name in given:
             tried[name] = given[name]
-        elif missing := [p for p in formats[format_.name] if importlib.util.find_spec(p) is None]:
+        elif missing := [package for package in formats[format_.name] if not _installed(package)]:
             left[name] = (
                 f"not installed here: {', '.join(missing)} (--runtime {name}=PYTHON for another environment)"
             )
@@ -370,6 +370,12 @@ def runtimes_at_hand(format_: Format, given: Mapping[str, str]) -> tuple[dict[st
     if format_.name == "fake":  # `check_dequantized` is transformers itself
         tried.pop("transformers", None)
     return tried, left
+
+
+def _installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name in the working directory cannot."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def check_runtime(
