@@ -66,7 +66,7 @@ class Tolerance:
 
     Attributes:
         linear: Largest |difference| of a linear's response over the response's root mean square.
-        block: The same of a block's outputs, to which all blocks before it add.
+        block: The same of a block's outputs: names where it begins, where no linear is wrong but the logits are.
         kl: Nats per token.
         perplexity: Relative.
     """
@@ -87,6 +87,12 @@ TOLERANCES = {
     "float16": Tolerance(linear=1e-2, block=1e-1, kl=1e-3, perplexity=1e-3),
     "bfloat16": Tolerance(linear=4e-2, block=3e-1, kl=1e-2, perplexity=5e-3),
 }
+
+
+# Where inputs of linears are rounded at run time, a sum in another order tips a value to the next code now and then,
+# later roundings follow, and two right answers end up apart by about what the rounding itself costs. Then the linears'
+# responses are the sharp test (by dtype, as above), and the logits are held to these.
+ROUNDED_KL, ROUNDED_PERPLEXITY = 1e-2, 5e-3
 
 
 @dataclass(frozen=True)
@@ -302,9 +308,12 @@ def _verdict(
     found: Tensor,
     expected: Reference,
     probe: Probe,
+    rounds_inputs: bool = False,
 ) -> RuntimeCheck:
-    """Figures, and what they fail at if no linear or block did."""
+    """Figures, and what they fail at if no linear did."""
     limits = TOLERANCES[dtype]
+    if rounds_inputs:
+        limits = replace(limits, kl=ROUNDED_KL, perplexity=ROUNDED_PERPLEXITY)
     if not bool(found.isfinite().all()):
         return RuntimeCheck(
             runtime=runtime, verified=False, failed_at=failed or f"logits (not finite in {dtype})", dtype=dtype,
@@ -312,7 +321,8 @@ def _verdict(
         )  # fmt: skip
     measured = figures(found, expected.logits, probe.ids)
     goal = perplexity(expected.logits, probe.ids)
-    if failed is None and dtype == "float32" and measured["top1_agreement"] < 1:
+    exact = dtype == "float32" and not rounds_inputs
+    if failed is None and exact and measured["top1_agreement"] < 1:
         failed = f"logits (top-1 agreement {measured['top1_agreement']:.4%})"
     if failed is None and measured["kl_mean"] > limits.kl:
         failed = f"logits (KL {measured['kl_mean']:.2e}, allowed in {dtype} {limits.kl:.0e})"
@@ -351,7 +361,7 @@ def runtimes_at_hand(format_: Format, given: Mapping[str, str]) -> tuple[dict[st
             left[name] = "reads gptq_v2 as garbage"
         elif name in given:
             tried[name] = given[name]
-        elif missing := [p for p in formats[format_.name] if importlib.util.find_spec(p) is None]:
+        elif missing := [package for package in formats[format_.name] if not _installed(package)]:
             left[name] = (
                 f"not installed here: {', '.join(missing)} (--runtime {name}=PYTHON for another environment)"
             )
@@ -360,6 +370,12 @@ def runtimes_at_hand(format_: Format, given: Mapping[str, str]) -> tuple[dict[st
     if format_.name == "fake":  # `check_dequantized` is transformers itself
         tried.pop("transformers", None)
     return tried, left
+
+
+def _installed(package: str) -> bool:
+    """Whether a package can be imported; a mere folder of its name in the working directory cannot."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def check_runtime(
@@ -417,17 +433,17 @@ def check_runtime(
         answer = load_file(place / "answer.safetensors")
     limits = TOLERANCES[reply["dtype"]]
     failed = _first_wrong_linear(loaded, result, inputs, answer, paths, scheme, limits.linear)
-    if failed is None:
-        failed = next(
-            (
-                f"layers.{i} (outputs differ by {off:.2g})"
-                for i, goal in enumerate(expected.blocks)
-                if not (off := _relative(answer[f"block.{i}"], goal)) <= limits.block
-            ),
-            None,
-        )
-    verdict = _verdict(name, reply["dtype"], reply["versions"], failed, answer["logits"], expected, probe)
-    return verdict.model_copy(update={"note": reply.get("note")})
+    verdict = _verdict(
+        name, reply["dtype"], reply["versions"], failed, answer["logits"], expected, probe, scheme.abits < 16
+    )
+    update: dict[str, Any] = {"note": reply.get("note")}
+    if not verdict.verified and failed is None:  # no linear is wrong, the logits are: where does it begin?
+        for i, goal in enumerate(expected.blocks):
+            off = _relative(answer[f"block.{i}"], goal)
+            if not off <= limits.block:
+                update["failed_at"] = f"layers.{i} (outputs differ by {off:.2g}; {verdict.failed_at})"
+                break
+    return verdict.model_copy(update=update)
 
 
 def _ask(python: str, request: Path) -> tuple[dict[str, Any], str | None]:

@@ -151,3 +151,10 @@ def test_runtimes_that_cannot_read_a_folder_are_not_tried() -> None:
         runtimes_at_hand(gptq, {"vllm": sys.executable})
     with pytest.raises(ConfigError, match="there is no such file"):
         runtimes_at_hand(gptq, {"gptqmodel": "/nowhere/python"})
+
+
+def test_a_folder_with_a_runtimes_name_is_no_runtime(tmp_path, monkeypatch) -> None:
+    (tmp_path / "auto_gptq").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    _, left = runtimes_at_hand(FORMATS.load("gptq"), {})
+    assert left["auto-gptq"].startswith("not installed here: auto_gptq")
