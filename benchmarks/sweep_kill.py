@@ -2,14 +2,15 @@
 
     python benchmarks/sweep_kill.py [--kills 10] [--model tiny-llama] [--seed 0] [--both]
 
-The sweep's own process is killed, workers end by themselves a moment later; what is compared is every field of every
-record but times, peaks of memory and the moment. `--both`: two sweeps write one store at once, and both are killed.
-Exit status 1 if anything differs.
+Each is killed at a random moment after it has begun to write. The sweep's own process is killed, its workers end by
+themselves a moment later. What is compared is every field of every record but times, peaks of memory and the moment.
+`--both`: two sweeps write one store at once, and both are killed. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -48,6 +49,21 @@ def progress(output: Path) -> tuple[int, int]:
     return len(list(output.glob("*.json"))), len(list(output.glob("checkpoints/*/block-*.safetensors")))
 
 
+def watched(run: subprocess.Popen[bytes], output: Path, delay: float | None) -> float:
+    """Wait until a sweep writes its first block or record, then `delay` seconds more; None: until it ends.
+
+    Returns:
+        Seconds since that first writing.
+    """
+    before = progress(output)
+    while run.poll() is None and progress(output) == before:
+        time.sleep(0.02)
+    began = time.perf_counter()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run.wait(delay)
+    return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,18 +79,23 @@ def main() -> None:
         file = folder / "sweep.yaml"
         file.write_text(SWEEP)
         whole, killed = folder / "whole", folder / "killed"
-        began = time.perf_counter()
-        assert start(command(file, whole, options.model)).wait() == 0
-        seconds = time.perf_counter() - began
-        print(f"undisturbed: {seconds:.0f} s, {progress(whole)[0]} records")
+        first = start(command(file, whole, options.model))
+        seconds = watched(first, whole, None)
+        assert first.returncode == 0
+        print(
+            f"undisturbed: {progress(whole)[0]} records, {seconds:.0f} s from the first block to the end",
+            flush=True,
+        )
         for kill in range(options.kills):
             runs = [start(command(file, killed, options.model)) for _ in range(1 + options.both)]
-            time.sleep(draw.uniform(0.1, 1.0) * seconds)
+            watched(runs[0], killed, draw.uniform(0, seconds / options.kills))
+            ended = [run.poll() is not None for run in runs]
             for run in runs:
                 run.send_signal(signal.SIGKILL)
                 run.wait()
             records, blocks = progress(killed)
-            print(f"kill {kill + 1}: {records} records, {blocks} blocks on disk", flush=True)
+            late = ", it had ended already" if all(ended) else ""
+            print(f"kill {kill + 1}: {records} records, {blocks} blocks on disk{late}", flush=True)
         for run in [start(command(file, killed, options.model)) for _ in range(1 + options.both)]:
             assert run.wait() == 0, "the last sweep did not finish"
         stores = [{row.id: without_times(row) for row in ResultStore(f).load_all()} for f in (whole, killed)]

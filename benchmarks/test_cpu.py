@@ -14,8 +14,11 @@ from qbench.deploy.backends.layer import build
 from qbench.quant import fake
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import extremes, round_to_nearest
+from qbench.reports.comparison import compare
+from qbench.results import ResultStore
 from qbench.scheme import Scheme
 from qbench.transforms.maps import Blocks, WarmInverse, inverse
+from tests.fake_results import make_run
 
 pytest.importorskip("pytest_benchmark")
 ROWS, WIDTH = 640, 256
@@ -90,3 +93,25 @@ def test_packed_linear(benchmark, name: str) -> None:
         return
     packed = round_to_nearest(weight, *extremes(weight, grid), grid)
     benchmark(build(BACKENDS.load("torch")(), packed, scheme.abits), x)
+
+
+@pytest.mark.benchmark(group="a table of 1,000 records, from the folder to text")
+@pytest.mark.parametrize("how", ["floor: read the records", "read, compare, draw"])
+def test_table(benchmark, how: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Asked for: under 5 s. Perplexities on three texts and four tasks of 400 questions."""
+    folder = tmp_path_factory.mktemp("store")
+    for model in range(28):
+        for row in make_run(
+            ("W4A4", "W3A16", "W2A16", "W6A6", "W8A8", "W2A8", "W3A3", "W4A8", "W4A16"), tasks=7
+        ):
+            own = row.model_copy(update={"model": f"model-{model}", "id": f"{model:012d}{row.id[12:]}"})
+            (folder / f"{model}-{row.id[:12]}.json").write_text(own.to_json())
+    store = ResultStore(folder)
+    assert len(store.load_all()) == 28 * 37
+
+    def table() -> None:
+        results = store.load_all()
+        if how != "floor: read the records":
+            compare(results).render("table", 100)
+
+    benchmark.pedantic(table, rounds=3)

@@ -24,7 +24,7 @@ Name = Annotated[str, Field(min_length=1)]
 Model = TypeVar("Model", bound=BaseModel)
 
 # Where a run's files lie and whether it starts over changes no number: these stay out of the hash.
-PLACES = {"output", "save_dir", "save_act_scales", "resume", "restart"}
+PLACES = {"output", "save_dir", "export", "save_act_scales", "resume", "restart"}
 
 
 class _Section(BaseModel):
@@ -161,7 +161,14 @@ class RunConfig(_Section):
     compute: ComputeConfig = ComputeConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     output: Name = Field("results", description="Folder of the result records.")
-    save_dir: str | None = Field(None, description="Also write each quantized model to a folder in here.")
+    save_dir: str | None = Field(
+        None,
+        description="Write each quantized model to a folder in here; fake-quantized unless export says more.",
+    )
+    export: list[Literal["gptq", "compressed-tensors", "awq", "fake"]] = Field(
+        [],
+        description="Write each quantized model in this format, certified, to save_dir or OUTPUT/exports; repeatable.",
+    )
     save_act_scales: str | None = Field(
         None, description="Also write the observed channel ranges: act_scales and act_shifts in this folder."
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -140,9 +142,14 @@ def make_suite(evals: EvalConfig, tokenizer: Any, seq_len: int, max_length: int,
         source: Dataset that `auto` stands for.
 
     Raises:
-        ConfigError: Unknown tasks.
+        ConfigError: Unknown tasks, continuations longer than the model takes.
         DataError: Texts or tasks that are missing, unreadable or too short.
     """
+    if min(PROMPT_TOKENS, seq_len) + evals.generate > max_length:
+        raise ConfigError(
+            f"--generate {evals.generate} after prompts of {min(PROMPT_TOKENS, seq_len)} tokens is more than the "
+            f"{max_length} tokens of this model. Use --generate {max(0, max_length - PROMPT_TOKENS)} or less."
+        )
     texts = [
         scored_text(
             source if spec == "auto" else spec,
@@ -319,9 +326,11 @@ def write_references(
         progress: Called after each pass.
         restart: Compute them anew.
     """
+    if restart:
+        shutil.rmtree(references, ignore_errors=True)
     for text in suite.texts:
         ids = suite.compared(text)
-        if suite.fidelity and (restart or fidelity.open_reference(references / text.name) is None):
+        if suite.fidelity and (fidelity.open_reference(references / text.name) is None):
             with on_device(model, blocks, device):
                 fidelity.write_reference(
                     references / text.name,
@@ -332,11 +341,11 @@ def write_references(
                     progress=_telling(progress, f"{text.name} reference"),
                 )
         path = _generated(references, text, suite.generate)
-        if suite.generate and (restart or not path.exists()):
+        if suite.generate and not path.exists():
             with on_device(model, blocks, device):
                 made = fidelity.greedy(model, suite.prompts(text), suite.generate, device)
             path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_name(f".{path.name}")
+            draft = path.with_name(f".{uuid.uuid4().hex}.{path.name}")  # several processes may share a store
             np.save(draft, made.numpy())
             draft.rename(path)
 

@@ -168,6 +168,71 @@ class TransformRecord(_Record):
     note: str | None = None
 
 
+class RuntimeCheck(_Record):
+    """What one runtime computes from an exported folder, against the fake-quantized reference on the same tokens.
+
+    Attributes:
+        runtime: `dequantized` (qbench's own reader), `transformers`, `gptqmodel`, `auto-gptq`.
+        failed_at: First linear, block or other thing that differs, such as `layers.17.down_proj`; None if verified.
+        dtype: In which the runtime computed; tolerances depend on it.
+        largest_logit_difference: Over all tokens of the probe and the vocabulary.
+        kl_mean: KL divergence of next-token distributions, nats per token.
+        top1_agreement: Share of tokens with the same most likely next token.
+        perplexity: On the probe.
+        note: What was special about loading it.
+    """
+
+    runtime: str
+    verified: bool
+    failed_at: str | None = None
+    dtype: str | None = None
+    versions: dict[str, str] = {}
+    largest_logit_difference: float | None = None
+    kl_mean: float | None = None
+    top1_agreement: float | None = None
+    perplexity: float | None = None
+    note: str | None = None
+
+
+class Certificate(_Record):
+    """Whether an exported folder computes what was measured, runtime by runtime.
+
+    Attributes:
+        format: As `--format` names it.
+        folder: Its name, without a path.
+        probe: The text that was scored, in words.
+        tokens: Fingerprint of the probe's token ids.
+        reference_perplexity: Of the fake-quantized model on the probe, quantizing what the format quantizes.
+        row_perplexity: The same with everything that the row quantizes; differs where a format leaves operands out.
+        bytes: Of the folder's tensors by kind; `expected` is what the row's bits per weight predict for `weights`.
+        not_tried: Runtimes that cannot read this folder or are not installed, and why.
+    """
+
+    format: str
+    folder: str
+    probe: str
+    tokens: str
+    reference_perplexity: float
+    row_perplexity: float
+    bytes: dict[str, int] = {}
+    checks: list[RuntimeCheck] = []
+    not_tried: dict[str, str] = {}
+    notes: list[str] = []
+
+    @property
+    def verified(self) -> bool:
+        """Whether no runtime failed."""
+        return all(check.verified for check in self.checks)
+
+    def sentence(self) -> str:
+        """`verified: dequantized ✓ transformers ✓`, or `FAILED at layers.17.down_proj (gptqmodel)`."""
+        failed = [
+            f"FAILED at {check.failed_at} ({check.runtime})" for check in self.checks if not check.verified
+        ]
+        passed = " ".join(f"{check.runtime} ✓" for check in self.checks if check.verified)
+        return "; ".join(failed + ([f"verified: {passed}"] if passed else []))
+
+
 class Result(_Record):
     """One row of a table: one method at one scheme on one model.
 
@@ -179,6 +244,8 @@ class Result(_Record):
         transforms: Of the first block; the others have the same.
         recovery: Percent of the full-precision model's score that is left, by metric; see `recovery`.
         codes: SHA-256 of all integer codes, scales and zero points, block by block; None for full precision.
+        checkpoint: Name of the folder of finished blocks below `checkpoints/`.
+        certificates: Of the row's exports.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -205,6 +272,8 @@ class Result(_Record):
     memory: MemoryRecord | None = None
     generations: list[Generation] = []
     codes: str | None = None
+    checkpoint: str | None = None
+    certificates: list[Certificate] = []
 
     @property
     def is_baseline(self) -> bool:

@@ -20,7 +20,7 @@ from qbench.config import PLACES, MethodRequest, RunConfig, validated
 from qbench.data.overlap import ngram_overlap, same_corpus
 from qbench.data.text import load_text, parse_dataset
 from qbench.data.windows import TokenWindows, draw_calibration
-from qbench.deploy.folder import save_plain
+from qbench.deploy.export import foresee
 from qbench.engine import attention
 from qbench.engine.channel_files import ChannelFiles, read_channels, write_channels
 from qbench.engine.checkpoint import Checkpoint
@@ -45,6 +45,7 @@ from qbench.evaluate import (
     score,
     write_references,
 )
+from qbench.exports import export_all, require_distinct
 from qbench.failures import Failure, FailureStore
 from qbench.locking import Lock
 from qbench.methods import METHODS
@@ -99,8 +100,11 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     """
     listener = listener or Listener()
     wanted = every_row(config)
-    check_request(config, wanted)
+    methods = check_request(config, wanted)
     loaded = load(config, listener)
+    if config.export:
+        lanes = [Lane(c.label, c.method, c.scheme) for c in _cells(wanted, methods, loaded)]
+        foresee(loaded, lanes, config.export, config.quantizer.zero_in_range)
     rows, errors = [], []
     for seed in range(config.calibration.seed, config.calibration.seed + config.seeds):
         if config.seeds > 1:
@@ -108,6 +112,7 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
         done = run_pass(config.at_seed(seed), wanted, listener, loaded)
         rows += [done.baseline, *done.rows.values()] if not rows else done.rows.values()
         errors += done.errors.values()
+    rows = export_all(config, rows, loaded, listener)
     if errors:
         finished = (
             f" Finished rows are in {config.output}." if any(not row.is_baseline for row in rows) else ""
@@ -137,6 +142,7 @@ def check_request(config: RunConfig, wanted: Sequence[Wanted]) -> list[Method]:
     require_writable(config.output)
     if config.save_dir is not None:
         require_writable(config.save_dir, "save-dir")
+    require_distinct(config, wanted)
     if config.save_act_scales is not None:
         require_writable(config.save_act_scales, "save-act-scales")
     if config.resume is not None and not Path(config.resume).is_dir():
@@ -312,7 +318,7 @@ def _cells(wanted: Sequence[Wanted], methods: Sequence[Method], loaded: LoadedMo
 def stored_row(common: _Common, cell: _Cell) -> Result | None:
     """The row of an earlier run, if nothing has to be done for it again."""
     config = common.config
-    if config.restart or config.save_dir is not None or config.save_act_scales is not None:
+    if config.restart or config.save_act_scales is not None:
         return None
     row = common.store.find(_row_id(common, cell.method.name, cell.scheme, cell.options, trained=True))
     return row if row is not None and _same_code(row) else None
@@ -667,8 +673,6 @@ def _measure(common: _Common, lane: Lane, cell: _Cell, result: LaneResult) -> Re
         notes.append(f"blocks fitted with {arithmetic} products")
     extra_bits = sum(t.stored_bits for block in result.transforms for t in block)
     n_weights = loaded.spec.n_weights * len(result)
-    if common.config.save_dir is not None:
-        notes.append(save_plain(loaded, result, Path(common.config.save_dir), method.name))
     cost = Cost(
         seconds=result.seconds,
         peak_gpu_bytes=result.peak_gpu_bytes,
@@ -744,6 +748,9 @@ def _record(
         memory=memory,
         generations=scores.generations,
         codes=result.codes if result is not None else None,
+        checkpoint=None
+        if result is None or result.lane.checkpoint is None
+        else result.lane.checkpoint.folder.name,
     )
     common.store.save(row)
     return row

@@ -19,16 +19,17 @@ from statistics import fmean, stdev
 from qbench.reports.comparison import compare
 from qbench.results import Result, ResultStore
 
-ORDER = ("rtn", "smoothquant", "omniquant", "affinequant")
-SCHEMES = ("W16A16", "W4A16g128", "W3A16", "W2A16g64", "W4A4", "W6A6")
+ORDER = ("rtn", "smoothquant", "omniquant", "affinequant")  # as published: each below the one before
+OTHERS = ("abq", "signround", "gptq", "smoothquant+gptq", "omniquant+gptq", "affinequant+gptq", "awq", "awq+gptq")
+SCHEMES = ("W16A16", "W4A16g128", "W3A16g128", "W3A16", "W2A16g64", "W4A4", "W6A6", "W2A8")
 METRIC = "wikitext2/perplexity"
 TOLERANCE = 1.01
 AUTHORS = Path(__file__).parent.parent / "experiments" / "reference-authors.csv"
 
 
 def rank(method: str) -> int:
-    """Place in the published order; the baseline first."""
-    return ORDER.index(method) if method in ORDER else -1
+    """Place in a table: the baseline, the published order, the others."""
+    return (*ORDER, *OTHERS).index(method) if method in ORDER + OTHERS else -1
 
 
 def perplexity(rows: Sequence[Result], method: str, scheme: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -14,6 +15,7 @@ from qbench import planning
 from qbench import sweep as sweeps
 from qbench.cli import main
 from qbench.engine.progress import Listener
+from qbench.engine.settings import EngineSettings
 from qbench.planning import PassPlan, extrapolate, peak_memory, plan_pass
 from qbench.runner import every_row, run_pass
 from tests.test_runner import SEQ_LEN, Setting
@@ -62,6 +64,31 @@ def test_peak_memory_where_the_system_keeps_none(monkeypatch) -> None:
         block = torch.ones(16 << 20)
         time.sleep(0.05)
     assert peak[0] - before > 0.9 * block.numel() * 4
+
+
+@pytest.mark.parametrize(
+    ("windows", "batch_size"), [(64, 1), (64, 4), (3, 1)], ids=["one", "batches", "few windows"]
+)
+def test_a_blocks_time_is_extrapolated_over_windows_epochs_and_iterations(
+    monkeypatch, windows: int, batch_size: int
+) -> None:
+    """Probes whose time is a known formula: the plan must give that formula at full size."""
+
+    def seconds(k: int, epochs: int, iterations: int) -> float:
+        return 0.2 + 0.01 * k + 0.05 * -(-k // batch_size) * epochs + 0.003 * iterations
+
+    def run(self, method, scheme, k, epochs, iterations, full):
+        full.append((20, 200))
+        lane_s = seconds(k, min(epochs, 20), min(iterations, 200))
+        return planning._Run(k, epochs, iterations, lane_s, 0.1 + 0.02 * k, 5, 7, None, 9)
+
+    monkeypatch.setattr(planning._Prober, "_run", run)
+    settings = EngineSettings(torch.device("cpu"), batch_size=batch_size)
+    prober = planning._Prober(None, settings, torch.zeros(windows, 512, dtype=torch.int64), Path("unused"))
+    probe, shared = prober.block(None, None)
+    assert probe.seconds == pytest.approx(seconds(windows, 20, 200), rel=1e-6)
+    assert shared == pytest.approx(0.1 + 0.02 * windows, rel=1e-6)
+    assert (probe.work_bytes, probe.gpu_work_bytes, probe.file_bytes) == (5, 7, 9)
 
 
 METHODS = ["rtn", {"name": "omniquant", "options": {"epochs": 3}}]

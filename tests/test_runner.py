@@ -526,6 +526,20 @@ def test_only_what_is_missing_is_computed(here) -> None:
     }
 
 
+def test_a_finished_lane_beside_one_that_is_not(here) -> None:
+    """The finished one is read, and what the others compute does not depend on it."""
+    expected = here.run(methods=TRAINED, output=str(here.folder / "whole"))
+    here.run(methods=TRAINED[1:3])
+    for record in here.records():
+        record.unlink()
+    watcher = Watcher()
+    rows = here.run(watcher, methods=TRAINED)
+    assert [row.codes for row in rows] == [row.codes for row in expected]
+    assert [row.metrics for row in rows] == [row.metrics for row in expected]
+    resumed = {label for label, _, again in watcher.started if again}
+    assert resumed == {"smoothquant W3A16", "omniquant W3A16"} and len(watcher.started) == 8
+
+
 def test_a_row_of_other_code_is_made_again(here, monkeypatch) -> None:
     before = here.run()
     monkeypatch.setattr(runner_module.provenance, "code_fingerprint", lambda: "changed")
@@ -625,13 +639,26 @@ def test_a_row_that_another_process_computes_is_waited_for(here, monkeypatch) ->
 def test_save_dir_writes_what_folds_and_says_what_does_not(here) -> None:
     saved = here.folder / "saved"
     rows = here.run(methods=[TRAINED[0], TRAINED[3]], save_dir=str(saved))
-    assert [path.name for path in saved.iterdir()] == ["tiny-llama-rtn-W3A16"]
-    assert any(note.startswith("saved to ") for note in rows[1].notes)
-    assert any(note.startswith("not saved as a transformers folder: full matrices") for note in rows[2].notes)
-    again = here.run(model=str(saved / "tiny-llama-rtn-W3A16"), schemes=["W16A16"])
+    assert [path.name for path in saved.iterdir()] == ["tiny-llama-RTN-W3A16"]
+    assert "exported as fake: verified: transformers ✓" in rows[1].notes
+    (note,) = [note for note in rows[2].notes if note.startswith("not saved: ")]
+    assert "full matrices remain after the norms" in note
+    assert (
+        ResultStore(here.output).find(rows[1].id) == rows[1]
+        and ResultStore(here.output).find(rows[2].id) == rows[2]
+    )
+    again = here.run(model=str(saved / "tiny-llama-RTN-W3A16"), schemes=["W16A16"])
     assert again[0].metrics["own/perplexity"].value == pytest.approx(
         rows[1].metrics["own/perplexity"].value, rel=1e-6
     )
+
+
+def test_models_that_would_overwrite_each_other_are_not_saved(here) -> None:
+    twice = [{"name": "smoothquant", "options": {"alpha": alpha}} for alpha in (0.4, 0.6)]
+    for changes in ({"seeds": 2}, {"methods": twice}):
+        with pytest.raises(ConfigError, match="would be exported to"):
+            here.run(save_dir=str(here.folder / "saved"), **changes)
+    assert not here.output.exists()
 
 
 def test_the_published_form_is_noted_in_the_row(here) -> None:

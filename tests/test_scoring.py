@@ -128,6 +128,8 @@ def test_bad_requests_are_one_sentence(place) -> None:
         score_model(request_of(place, "coarse", evals={"fidelity": True}))
     with pytest.raises(ConfigError, match="longer than the 64 tokens"):
         score_model(request_of(place, "coarse", evals={"seq_len": 65}))
+    with pytest.raises(ConfigError, match="--generate 40 after prompts of 32"):
+        score_model(request_of(place, "coarse", fidelity_to=str(place / "base"), evals={"generate": 40}))
     (place / "coarse" / "model.safetensors").unlink()
     with pytest.raises(DataError, match="Cannot load model"):
         score_model(request_of(place, "coarse"))

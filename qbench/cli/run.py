@@ -62,6 +62,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
     "Output": [
         ("--output -o --output-dir", "output"),
         ("--save-dir", "save_dir"),
+        ("--export", "export"),
         ("--save-act-scales", "save_act_scales"),
         ("--resume", "resume"),
         ("--restart", "restart"),
@@ -75,6 +76,7 @@ METHOD_OPTIONS: dict[str, tuple[type, str]] = {
     "use_ln_matrix": (bool, "full matrices after the norms"),
     "sf": (float, "stability factor of the gradual mask"),
     "aug_loss": (bool, "auxiliary loss"),
+    "shift": (bool, "learn shifts as well"),
     "alpha": (float, "exponent of the initial scales"),
     "let_lr": (float, "learning rate of the transforms"),
     "lwc_lr": (float, "learning rate of the clipping"),
@@ -137,7 +139,11 @@ def _config_option(section: str, flags: str, path: str, model: type[BaseModel] =
     elif get_origin(kinds[0]) is Literal:
         attributes["type"] = click.Choice(get_args(kinds[0]))
     elif get_origin(kinds[0]) is list:
-        attributes |= {"multiple": True, "metavar": "NAME|PATH|NAME=PATH"}
+        (item,) = get_args(kinds[0])
+        if get_origin(item) is Literal:
+            attributes |= {"multiple": True, "type": click.Choice(get_args(item))}
+        else:
+            attributes |= {"multiple": True, "metavar": "NAME|PATH|NAME=PATH"}
     return _Option(section, [*flags.split(), path.replace(".", "__")], **attributes)
 
 

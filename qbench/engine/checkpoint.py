@@ -52,6 +52,19 @@ class Checkpoint:
                 "model, tokens, method, scheme or arithmetic differ. Use another --output, or --restart."
             )
 
+    @classmethod
+    def existing(cls, folder: Path) -> Checkpoint:
+        """Open a folder for reading, whatever run it belongs to.
+
+        Raises:
+            DataError: If its manifest is missing or damaged.
+        """
+        try:
+            key = str(json.loads((folder / "manifest.json").read_text())["key"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"Checkpoint folder {folder} has no readable manifest ({error}).") from error
+        return cls(folder, key)
+
     def __len__(self) -> int:
         return len(self.hashes)
 

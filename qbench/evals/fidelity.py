@@ -3,7 +3,7 @@
 The reference keeps, at every scored position, the k likeliest tokens and their log-probabilities, so that it is
 computed once and any number of models is compared with it. All tokens beyond these are one lump: the KL divergence over
 that coarser alphabet is never above the true one (data processing), and what it may be short of it is bounded at every
-position by `_lump_bound`, from quantities that are known exactly. With k as large as the vocabulary the bound is 0.
+position by `_most_cross_entropy`, from quantities that are known exactly. With k as large as the vocabulary it is 0.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def write_reference(
     """Compute the full-precision model's answers and keep them in `folder`, which appears whole or not at all.
 
     Args:
-        folder: Where; must not exist.
+        folder: Where; one that is there and whole is left as it is.
         model: The full-precision model, ready to run.
         ids: Token windows  # [n, t]
         top_k: Tokens to keep at each position; default: by `choose_top_k`.
@@ -156,8 +156,12 @@ def write_reference(
         for file in files.values():
             file.flush()
         (draft / "reference.json").write_text(json.dumps({"vocab": vocab}))
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:  # a damaged one, or another process was faster: then its answers are as good
+            if open_reference(folder) is None:
+                shutil.rmtree(folder)
+                draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     found = open_reference(folder)

@@ -20,7 +20,7 @@ from qbench.errors import DataError
 from qbench.evals.perplexity import evaluating
 from qbench.results import MemoryRecord
 
-DECODED = 8  # tokens decoded to see the peak: the cache grows by one position a step
+DECODED = 4  # tokens decoded to see the peak: the cache grows by one position a step
 SCALE_AND_ZERO_BITS = 32  # of one range of a quantized cache: float16 scale, 16-bit zero point
 
 

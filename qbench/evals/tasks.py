@@ -344,7 +344,8 @@ def _local_task(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """lm-eval's configuration of a task over questions in memory.
 
     A blank that begins every choice becomes the delimiter, as in lm-eval's own tasks: `acc_norm` divides by the
-    characters of a choice without it. Where all questions have the same choices (yes, no) there is no acc_norm.
+    characters of a choice without it. There is no acc_norm where all questions have the same choices (yes, no), or
+    where the choices of a question are equally long.
     """
     partial = "context_options" in rows[0]
     choices = "context_options" if partial else "choices"
@@ -352,7 +353,11 @@ def _local_task(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if not partial and all(_begins_with_one_blank(choice) for row in rows for choice in row["choices"]):
         delimiter = " "
         rows = [row | {"choices": [choice[1:] for choice in row["choices"]]} for row in rows]
-    normed = not partial and len({tuple(row["choices"]) for row in rows}) > 1
+    normed = (
+        not partial
+        and len({tuple(row["choices"]) for row in rows}) > 1
+        and any(len(set(map(len, row["choices"]))) > 1 for row in rows)
+    )
 
     def dataset(**_: Any) -> dict[str, Any]:
         import datasets
@@ -447,7 +452,8 @@ def _quiet() -> Iterator[None]:
     import lm_eval.api.task as task_module
 
     bar, levels = task_module.tqdm, {}
-    for name in ("lm_eval", "lm-eval"):
+    # transformers warns of prompts beyond the model's limit, which lm-eval cuts
+    for name in ("lm_eval", "lm-eval", "transformers.tokenization_utils_base"):
         levels[name] = logging.getLogger(name).level
         logging.getLogger(name).setLevel(logging.ERROR)
     task_module.tqdm = lambda iterable, **_: iterable

@@ -16,6 +16,7 @@ from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedScheme
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
 from qbench.models.extra_biases import apply_extra_biases
+from qbench.models.packed import READABLE, PackedFolder, packed_settings
 from qbench.provenance import WEIGHT_FILES
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -34,6 +35,7 @@ class LoadedModel:
         spec: The description read off its first block.
         max_seq_len: Longest sequence it takes.
         location: Folder it was read from, or the hub name.
+        packed: Format and bits of a folder of packed integers, whose dequantized weights the model has; else None.
     """
 
     name: str
@@ -43,6 +45,7 @@ class LoadedModel:
     spec: BlockSpec
     max_seq_len: int
     location: str
+    packed: str | None = None
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -178,7 +181,7 @@ def load_model(
     on_gpu: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load model and tokenizer to the CPU.
+    """Load model and tokenizer to the CPU; a folder of packed integers (GPTQ, AWQ, compressed-tensors) dequantized.
 
     Args:
         name: Hub name, folder, `tiny-llama` or `tiny-opt`.
@@ -199,9 +202,13 @@ def load_model(
     with _readable(name):
         config = AutoConfig.from_pretrained(location, **common)
         architecture = architecture_for(config)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto", output_loading_info=True, **common
-        )
+        packed = _packed(location, revision, config)
+        if packed is not None:
+            model, report = packed.load(config, choose_dtype(dtype, packed.n_parameters, on_gpu))
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                location, dtype="auto", output_loading_info=True, **common
+            )
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would go on with random weights in their place
@@ -222,7 +229,25 @@ def load_model(
         spec=architecture.block_spec(blocks[0], config),
         max_seq_len=config.max_position_embeddings,
         location=location,
+        packed=None if packed is None else packed.summary,
     )
+
+
+def _quant_method(quantization: Any) -> str | None:
+    """Name of a format, from a configuration's mapping or object."""
+    found = quantization if isinstance(quantization, dict) else vars(quantization)
+    return getattr(found.get("quant_method"), "value", found.get("quant_method"))
+
+
+def _packed(location: str, revision: str | None, config: Any) -> PackedFolder | None:
+    """The folder of packed integers that a name stands for, or None for an ordinary model."""
+    if not Path(location).is_dir():
+        if getattr(config, "quantization_config", None) is None:
+            return None
+        from huggingface_hub import snapshot_download
+
+        location = snapshot_download(location, revision=revision, allow_patterns=["*.safetensors", "*.json"])
+    return None if packed_settings(location) is None else PackedFolder(location)
 
 
 def load_as_is(
@@ -234,6 +259,9 @@ def load_as_is(
     trust_remote_code: bool = False,
 ) -> ScorableModel:
     """Load any causal language model as transformers has it; weights that are quantized stay as they are.
+
+    Integers of GPTQ, AWQ and compressed-tensors are dequantized exactly (`PackedFolder`), which needs none of their
+    packages and depends on none of their kernels; other quantized formats run as transformers runs them.
 
     Args:
         name: Hub name, folder, `tiny-llama` or `tiny-opt`.
@@ -253,10 +281,17 @@ def load_as_is(
     with _readable(name):
         config = AutoConfig.from_pretrained(location, **common)
         quantization = getattr(config, "quantization_config", None)
-        placed = {} if quantization is None else {"device_map": {"": device}}
-        model, report = AutoModelForCausalLM.from_pretrained(
-            location, dtype="auto", output_loading_info=True, **placed, **common
-        )
+        known = quantization is not None and _quant_method(quantization) in READABLE
+        packed = _packed(location, revision, config) if known else None
+        if packed is not None:
+            on_gpu = device.type == "cuda"
+            model, report = packed.load(config, choose_dtype(dtype, packed.n_parameters, on_gpu))
+            quantization = packed.settings
+        else:
+            placed = {} if quantization is None else {"device_map": {"": device}}
+            model, report = AutoModelForCausalLM.from_pretrained(
+                location, dtype="auto", output_loading_info=True, **placed, **common
+            )
         tokenizer = AutoTokenizer.from_pretrained(location, **common)
     missing = sorted(report["missing_keys"])
     if missing:

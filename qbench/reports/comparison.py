@@ -571,10 +571,7 @@ def _ratio(own: Measured, reference: Measured | None) -> tuple[float | None, flo
         difference = stats.difference(own.scores, reference.scores)
         return ratio, None if difference is None else ratio * difference.half_width
     # d(a/b) = (a - ratio·b)/b item by item
-    scaled = stats.Scores(
-        tuple(tuple(task * ratio) for task in reference.scores.arrays), reference.scores.seeds, own.scores.independent
-    )  # fmt: skip
-    difference = stats.difference(own.scores, scaled)
+    difference = stats.difference(own.scores, reference.scores.times(ratio))
     return ratio, None if difference is None else difference.half_width / abs(reference.value)
 
 

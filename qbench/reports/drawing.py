@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LEGEND = "bold: best of its scheme; ≈: tied with the best (paired, 95%, Holm); underlined: best of the rest"
+GUESSED = "° not shown to be above guessing: its interval holds what a guess gives"
 PLAIN_LEGEND = (
     "* best of its scheme; ≈ tied with the best (paired, 95%, Holm); _ best of the rest; ± 95% interval"
 )
@@ -28,7 +29,7 @@ def as_markdown(sheets: Iterable[Sheet], notes: Sequence[str] = (), intervals: b
         rows.append("| " + " | ".join(_align(sheet, i) for i in range(len(sheet.header))) + " |")
         for line in sheet.lines:
             rows.append("| " + " | ".join(_markdown_cell(cell, intervals) for cell in line.cells) + " |")
-        below = [LEGEND if _marked(sheet) else "", *sheet.footer]
+        below = [*_legend(sheet, LEGEND), *sheet.footer]
         under = "  \n".join(escape_markdown(_one_line(line)) for line in below if line)
         pieces.append(f"**{escape_markdown(_one_line(sheet.title))}**\n\n" + "\n".join(rows) + f"\n\n{under}")
     if notes:
@@ -40,8 +41,13 @@ def _align(sheet: Sheet, column: int) -> str:
     return ":--" if column < sheet.n_labels else "--:"
 
 
-def _marked(sheet: Sheet) -> bool:
-    return any(cell.mark for line in sheet.lines for cell in line.cells)
+def _legend(sheet: Sheet, marks: str) -> list[str]:
+    """What the signs of a sheet mean, if it has any."""
+    cells = [cell for line in sheet.lines for cell in line.cells]
+    return [
+        *([marks] if any(cell.mark for cell in cells) else []),
+        *([GUESSED] if any(cell.text.endswith("°") for cell in cells) else []),
+    ]
 
 
 def _markdown_cell(cell: Cell, intervals: bool) -> str:
@@ -65,7 +71,7 @@ def as_latex(sheets: Iterable[Sheet], notes: Sequence[str] = (), intervals: bool
             body.append(" & ".join(_latex_cell(cell, intervals) for cell in line.cells) + r" \\")
         if sheet.lines and not sheet.lines[0].rule:
             body.insert(1, r"\midrule")
-        below = [LEGEND if _marked(sheet) else "", *sheet.footer]
+        below = [*_legend(sheet, LEGEND), *sheet.footer]
         under = "\\\\\n".join(escape_latex(_one_line(line)) for line in below if line)
         pieces.append(
             "\n".join(
@@ -117,9 +123,7 @@ def print_sheets(
         console.print(sheet.title, style="bold", highlight=False, markup=False)
         for part, with_intervals in _fitted(sheet, console.width, intervals):
             console.print(_drawn(part, with_intervals), crop=False)
-        if _marked(sheet):
-            console.print(PLAIN_LEGEND, highlight=False, markup=False)
-        for line in sheet.footer:
+        for line in [*_legend(sheet, PLAIN_LEGEND), *sheet.footer]:
             console.print(_one_line(line), highlight=False, markup=False)
         console.print()
     for note in notes:

@@ -96,6 +96,9 @@ def _quality(section: Section, methods: Sequence[str]) -> Drawn:
     caption += " Hollow: activations are quantized too." if mixed else ""
     lost = sum(not math.isfinite(p.y) for p in points.values())
     caption += f" {lost} row(s) collapsed to infinity and are not drawn." if lost else ""
+    finite = [p.y for p in points.values() if math.isfinite(p.y)]
+    above = sum(plot.is_collapsed(y, [*finite, reference or y]) for y in finite)
+    caption += f" {above} row(s) far above stand at the upper edge." if above else ""
     return "Quality against effective bits", caption, svg
 
 

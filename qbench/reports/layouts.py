@@ -28,6 +28,8 @@ from qbench.results import BASELINE, split_metric
 Mark = Literal["best", "tied", "second"]
 Columns = Literal["auto", "models", "schemes", "tasks"]
 PERCENT = frozenset({"acc", "acc_norm", "top1_agreement", "exact_match", "f1"})
+# What stands in the papers' tables unless others are asked for; the CSV and a row's details have everything.
+HEADLINES = frozenset({"perplexity", "word_perplexity", "kl_mean", "top1_agreement", *ACCURACIES})
 GIB = 1 << 30
 
 
@@ -86,7 +88,7 @@ def paper_sheets(
         if key not in known:
             raise unknown_name("metric among these rows", key, known)
     details = detail_keys(known)
-    shown = list(metrics) or [key for key in known if key not in details]
+    shown = list(metrics) or [k for k in known if k not in details and split_metric(k)[1] in HEADLINES]
     accuracies = {key for key in shown if split_metric(key)[1] in ACCURACIES}
     others = [key for key in shown if key not in accuracies]
     sheets = []
@@ -213,12 +215,13 @@ def marks_of(section: Section, key: str) -> dict[str, Mark]:
 
 
 def score_cell(key: str, score: Score, mark: Mark | None = None) -> Cell:
-    """A score as the papers print it: accuracies in percent, perplexities with about four digits."""
+    """A score as the papers print it: accuracies in percent (° if a guess may do as well)."""
     metric = split_metric(key)[1]
     factor = 100 if metric in PERCENT else 1
     value = score.value * factor
     half = "" if score.half_width is None else format_half_width(score.half_width * factor, value)
-    return Cell(format_value(value), half, mark)
+    guessed = "°" if score.above_chance is False else ""
+    return Cell(format_value(value) + guessed, half, mark)
 
 
 def leaderboard_sheets(sections: Sequence[Section]) -> list[Sheet]:
@@ -263,7 +266,8 @@ def costs(entry: Entry) -> list[Cell]:
     recovery, score = Cell(MISSING), entry.quality
     if score is not None and score.recovery is not None and not entry.row.is_reference:
         value, half = 100 * score.recovery, score.recovery_half_width
-        recovery = Cell(f"{value:.1f}", "" if half is None else format_half_width(100 * half, value))
+        around = "" if half is None else f"±{100 * half:.1f}" if half > 5e-4 else "±<0.1"
+        recovery = Cell(f"{value:.1f}", around)
     bits, each = entry.result.bits_per_weight, [result.cost for result in entry.row.results]
     return [
         recovery,

@@ -77,13 +77,15 @@ def as_html(sections: Sequence[Section], sheets: Sequence[Sheet], csv: str, titl
     results = [entry.result for section in sections for entry in section.entries]
     keys = _shown_keys(sections)
     columns = _columns(sections, keys)
+    rows = [row for section in sections for row in _rows(section, keys)]
+    columns, rows = _without_empty(columns, rows)
     text = environment.get_template("page.html").render(
         title=title,
         lead=_lead(sections, results),
         css=Markup(read["page.css"]),
         js=Markup(read["page.js"]),
         columns=columns,
-        rows=[row for section in sections for row in _rows(section, keys)],
+        rows=rows,
         filters=_filters(results),
         recovery=_recovery_in_words(sections),
         plots=figures.plots(sections),
@@ -105,7 +107,9 @@ def _lead(sections: Sequence[Section], results: Sequence[Result]) -> str:
         (len({r.model for r in results}), "model"),
         (len(sections), "protocol contract"),
     ]
-    return " · ".join(f"{n} {word}{'s' if n != 1 else ''}" for n, word in counts)
+    words = [f"{n} {word}{'s' if n != 1 else ''}" for n, word in counts]
+    models = {result.model for result in results}
+    return " · ".join([*(models if len(models) == 1 else ()), *words])
 
 
 def _shown_keys(sections: Sequence[Section]) -> list[str]:
@@ -133,6 +137,19 @@ def _columns(sections: Sequence[Section], keys: Sequence[str]) -> list[_Column]:
         _Column("contract", "text"),
     ]
     return found
+
+
+def _without_empty(
+    columns: Sequence[_Column], rows: Sequence[dict[str, Any]]
+) -> tuple[list[_Column], list[dict[str, Any]]]:
+    """Leave out columns in which no row has a value, and the model's if there is but one: the heading names it."""
+    kept = [
+        i
+        for i, column in enumerate(columns)
+        if any(row["cells"][i]["text"] != MISSING for row in rows)
+        and (column.title != "model" or len({row["model"] for row in rows}) > 1)
+    ]
+    return [columns[i] for i in kept], [row | {"cells": [row["cells"][i] for i in kept]} for row in rows]
 
 
 def _upward(sections: Sequence[Section], key: str) -> bool:
@@ -344,7 +361,8 @@ def _metric(
         "" if score.half_width is None else format_half_width(score.half_width * factor, score.value * factor)
     )
     found: dict[str, Any] = {
-        "text": f"{format_value(score.value * factor)}{' %' if factor == 100 else ''} {half}".strip(),
+        "text": f"{format_value(score.value * factor)}{' %' if factor == 100 else ''} {half}".strip()
+        + (" (guessing may do)" if score.above_chance is False else ""),
         "n": metric.n if metric else len(section.task_keys),
         "protocol": protocols.place(metric.protocol if metric else section.table.protocols.get(key, MISSING)),
     }

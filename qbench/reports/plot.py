@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 640, 380
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 50
+LEFT, RIGHT, TOP, BOTTOM = 80, 16, 14, 50
+COLLAPSED = 20  # times the best value: above it a row is drawn at the plot's edge, so that the others can be told apart
 N_COLOURS = 8
 SHAPES = ("circle", "square", "diamond", "up", "down", "cross", "star", "bar")
 
@@ -114,9 +115,10 @@ def scatter(
     if not shown:
         return ""
     ys = [p.y for p in shown] + ([] if reference is None else [reference])
+    ys = [y for y in ys if not is_collapsed(y, ys)]
     log = min(ys) > 0 and max(ys) > 4 * min(ys)
     spread = [p.y + s * (p.half_width or 0) for p in shown for s in (-1, 1)]
-    spread = [y for y in spread if not log or y > min(ys) / 2] + ys
+    spread = [y for y in spread if min(ys) / 2 < y < 2 * max(ys)] + ys
     xs = _axis([p.x for p in shown], LEFT, WIDTH - RIGHT, False)
     vertical = _axis(spread, HEIGHT - BOTTOM, TOP, log)
     parts = [_frame(xs, vertical, x_title, y_title)]
@@ -128,7 +130,7 @@ def scatter(
     for point in shown:
         x, y = xs(point.x), vertical(point.y)
         bar = ""
-        if point.half_width and math.isfinite(point.half_width):
+        if point.half_width and math.isfinite(point.half_width) and not is_collapsed(point.y, ys):
             high = vertical(point.y + point.half_width)
             low = vertical(max(point.y - point.half_width, vertical.low))
             bar = f'<path class="bar" d="M{x:.1f} {low:.1f}V{high:.1f}"/>'
@@ -139,6 +141,11 @@ def scatter(
         )
     label = f"{y_title} against {x_title}, {len(shown)} rows"
     return _svg(parts, label) + _legend(series, sorted({p.series for p in shown}), marks=True)
+
+
+def is_collapsed(value: float, values: Sequence[float]) -> bool:
+    """Whether a value is so far above the least that no axis should hold both."""
+    return min(values) > 0 and value > COLLAPSED * min(values)
 
 
 def lines(
@@ -276,6 +283,6 @@ def _cut(text: str, length: int) -> str:
 
 
 def _number(value: float) -> str:
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"

@@ -130,6 +130,15 @@ class Scores:
         return 1e-14 * max(float(max(task.max(), -task.min())) for task in self.arrays)
 
     @cached_property
+    def variance(self) -> Variance:
+        """Of the mean."""
+        return _variance(self.arrays, self.independent)
+
+    def times(self, factor: float) -> Scores:
+        """The same scores, scaled."""
+        return Scores(tuple(tuple(task * factor) for task in self.arrays), self.seeds, self.independent)
+
+    @cached_property
     def right_or_wrong(self) -> bool:
         """Whether this is one task's zeros and ones with one seed, for which there are exact tests."""
         values = self.arrays[0]
@@ -269,7 +278,7 @@ def interval_of(scores: Scores, level: float = LEVEL) -> Interval | None:
     """
     if not scores.enough:
         return None
-    interval = _t_interval(scores.mean, _variance(scores), scores.negligible, level)
+    interval = _t_interval(scores.mean, scores.variance, scores.negligible, level)
     if scores.right_or_wrong:
         low, high = _wilson(scores.mean, interval.n, level)
         return replace(interval, low=low, high=high)
@@ -292,9 +301,8 @@ def difference(a: Scores, b: Scores, level: float = LEVEL) -> Difference | None:
     if not (a.enough and b.enough):
         return None
     if set(a.seeds) == set(b.seeds) or len(a.seeds) == len(b.seeds) == 1:
-        order = [b.seeds.index(seed) for seed in a.seeds] if len(a.seeds) > 1 else [0]
-        strata = tuple(tuple(x - y[order]) for x, y in zip(a.arrays, b.arrays, strict=True))
-        variance = _variance(Scores(strata, a.seeds, a.independent))
+        order = [b.seeds.index(seed) for seed in a.seeds] if len(a.seeds) > 1 else slice(None)
+        variance = _variance([x - y[order] for x, y in zip(a.arrays, b.arrays, strict=True)], a.independent)
     else:
         variance = _unpaired_seeds(a, b)
     if a.right_or_wrong and b.right_or_wrong:
@@ -461,53 +469,43 @@ def tied_with_best(
     return Ranking(best, tied, adjusted, behind)
 
 
-def _variance(scores: Scores) -> Variance:
-    """Of the scores' mean: every task's part, then what the seeds add."""
+def _variance(tasks: Sequence[np.ndarray], independent: bool) -> Variance:
+    """Of the mean over tasks, [seeds, items] each: every task's part, then what the seeds add."""
     import numpy as np
 
-    n_tasks, n_seeds = len(scores.strata), len(scores.seeds)
-    if n_tasks == n_seeds == 1:
-        (series,) = scores.arrays[0]
-        part = _mean_variance(series, scores.independent)
-        item_df = _item_df(series.size, scores.independent)
-        return Variance(part, None, 0.0, series.size, 1, item_df, 0.0, scores.independent)
+    n_tasks, n_seeds, n = len(tasks), len(tasks[0]), sum(task.shape[1] for task in tasks)
     items, rest, weights = 0.0, 0.0, 0.0
-    seed_means = np.zeros(n_seeds)
-    for values in scores.arrays:
-        over_seeds = values.mean(axis=0)
-        part = _mean_variance(over_seeds, scores.independent)
+    for task in tasks:
+        over_seeds = task.mean(axis=0) if n_seeds > 1 else task[0]
+        part = _mean_variance(over_seeds, independent)
         items += part
-        weights += part**2 / _item_df(len(over_seeds), scores.independent)
-        seed_means += values.mean(axis=1)
+        weights += part**2 / _item_df(len(over_seeds), independent)
         if n_seeds > 1:
-            parts = [_mean_variance(seed - over_seeds, scores.independent) for seed in values]
+            parts = [_mean_variance(seed - over_seeds, independent) for seed in task]
             rest += float(np.mean(parts)) / (n_seeds - 1)
-    item_df = items**2 / weights if weights > 0 else float(max(1, scores.n_items - n_tasks))
+    item_df = items**2 / weights if weights > 0 else float(max(1, n - n_tasks))
     items, rest = items / n_tasks**2, rest / n_tasks**2
     if n_seeds == 1:
-        return Variance(items, None, 0.0, scores.n_items, 1, item_df, 0.0, scores.independent)
+        return Variance(items, None, 0.0, n, 1, item_df, 0.0, independent)
+    seed_means = sum(task.mean(axis=1) for task in tasks)
     between = float(np.var(seed_means / n_tasks, ddof=1)) / n_seeds
     return Variance(
         items=max(items - rest, 0.0),
         seeds=max(between - rest, 0.0),
         both=rest,
-        n=scores.n_items,
+        n=n,
         n_seeds=n_seeds,
         item_df=item_df,
         seed_df=n_seeds - 1.0,
-        independent=scores.independent,
+        independent=independent,
     )
 
 
 def _unpaired_seeds(a: Scores, b: Scores) -> Variance:
     """Of the difference of two rows whose seeds are not the same: paired by items, apart in seeds."""
-    of_items = _variance(
-        Scores(
-            tuple((x.mean(axis=0) - y.mean(axis=0),) for x, y in zip(a.arrays, b.arrays, strict=True)),
-            independent=a.independent,
-        )
-    )
-    sides = [side for side in (_variance(a), _variance(b)) if side.seeds is not None]
+    over_seeds = [(x.mean(axis=0) - y.mean(axis=0))[None] for x, y in zip(a.arrays, b.arrays, strict=True)]
+    of_items = _variance(over_seeds, a.independent)
+    sides = [side for side in (a.variance, b.variance) if side.seeds is not None]
     both = sum(side.both for side in sides)
     parts = [side.seeds or 0.0 for side in sides]
     seeds = sum(parts)

@@ -9,13 +9,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from qbench.deploy.folder import folder_name, save_plain
+from qbench.deploy.export import refusal
+from qbench.deploy.fake import FAKE
 from qbench.engine.install import quantized
 from qbench.engine.reconstruct import LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.models.loading import LoadedModel, load_model
 from tests import model_folders
 from tests.blocks import relative
+from tests.deploy.exports import write
 from tests.tiny_runs import CPU, make_lane, naive_logits, reconstruct_lanes
 
 FOLDED = {"use_ln_matrix": False, "shift": False, "epochs": 1}
@@ -66,9 +68,8 @@ def test_plain_transformers_computes_the_same_logits(
 ) -> None:
     loaded, result = prepare(family, method, scheme, options)
     expected = within(loaded, result, tokens)
-    sentence = save_plain(loaded, result, tmp_path / "saved", method)
-    folder = tmp_path / "saved" / f"my-{family}-{method}-{scheme}"
-    assert sentence == f"saved to {folder} (fake-quantized float32 weights)"
+    folder = tmp_path / "saved"
+    write(loaded, result, "fake", folder)
     reloaded = model_folders.plain_model(folder)
     with torch.no_grad():
         found = reloaded(input_ids=tokens).logits
@@ -82,8 +83,8 @@ def test_plain_transformers_computes_the_same_logits(
 def test_a_shift_on_llama_switches_attention_biases_on(prepare, tmp_path) -> None:
     loaded, result = prepare("llama", "omniquant", "W3A16", VALUE_SHIFT)
     assert not loaded.model.config.attention_bias
-    save_plain(loaded, result, tmp_path, "omniquant")
-    folder = tmp_path / "my-llama-omniquant-W3A16"
+    folder = tmp_path / "saved"
+    write(loaded, result, "fake", folder)
     config = json.loads((folder / "config.json").read_text())
     assert config["attention_bias"] and not config.get("mlp_bias")
     assert config["dtype"] == "float32"
@@ -96,8 +97,8 @@ def test_a_shift_on_llama_switches_attention_biases_on(prepare, tmp_path) -> Non
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_folder_is_self_contained_and_says_nothing_of_qbench(prepare, tokens, tmp_path, family) -> None:
     loaded, result = prepare(family, "rtn", "W4A16", {})
-    save_plain(loaded, result, tmp_path, "rtn")
-    folder = tmp_path / f"my-{family}-rtn-W4A16"
+    folder = tmp_path / "saved"
+    write(loaded, result, "fake", folder)
     assert all("qbench" not in file.read_text() for file in folder.glob("*.json"))
     words = model_folders.text(20)
     assert AutoTokenizer.from_pretrained(folder)(words)["input_ids"] == loaded.tokenizer(words)["input_ids"]
@@ -107,17 +108,17 @@ def test_the_folder_is_self_contained_and_says_nothing_of_qbench(prepare, tokens
 
 def test_every_group_of_a_saved_weight_has_at_most_2_to_the_bits_values(prepare, tmp_path) -> None:
     loaded, result = prepare("llama", "rtn", "W2A16g8", {})
-    save_plain(loaded, result, tmp_path, "rtn")
-    model = model_folders.plain_model(tmp_path / "my-llama-rtn-W2A16g8")
+    write(loaded, result, "fake", tmp_path / "saved")
+    model = model_folders.plain_model(tmp_path / "saved")
     groups = model.model.layers[1].mlp.down_proj.weight.reshape(-1, 8)
     assert max(len(group.unique()) for group in groups) <= 4
 
 
-def test_quantized_activations_are_left_out_and_the_sentence_says_so(prepare, tokens, tmp_path) -> None:
+def test_quantized_activations_are_left_out_and_the_notes_say_so(prepare, tokens, tmp_path) -> None:
     loaded, result = prepare("llama", "smoothquant", "W4A4", {})
-    sentence = save_plain(loaded, result, tmp_path, "smoothquant")
-    assert sentence.endswith("; plain transformers does not quantize its activations)")
-    model = model_folders.plain_model(tmp_path / "my-llama-smoothquant-W4A4")
+    format_ = write(loaded, result, "fake", tmp_path / "saved")
+    assert format_.notes(result.lane.scheme) == ["plain transformers does not quantize its activations"]
+    model = model_folders.plain_model(tmp_path / "saved")
     with torch.no_grad():
         found = model(input_ids=tokens).logits
     assert relative(found, naive_logits(loaded.model, result, tokens, operands=False)) < 1e-5
@@ -126,8 +127,8 @@ def test_quantized_activations_are_left_out_and_the_sentence_says_so(prepare, to
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_tied_embeddings_stay_tied(prepare, tokens, tmp_path, family) -> None:
     loaded, result = prepare(family, "rtn", "W4A16", {}, tie_word_embeddings=True)
-    save_plain(loaded, result, tmp_path, "rtn")
-    model = model_folders.plain_model(tmp_path / f"my-{family}-rtn-W4A16")
+    write(loaded, result, "fake", tmp_path / "saved")
+    model = model_folders.plain_model(tmp_path / "saved")
     assert model.get_input_embeddings().weight is model.lm_head.weight
     with torch.no_grad():
         assert relative(model(input_ids=tokens).logits, within(loaded, result, tokens)) < 1e-5
@@ -159,15 +160,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "method", "scheme", "options", "why"), REFUSED)
-def test_what_cannot_be_folded_is_said_in_one_sentence(
-    prepare, tmp_path, family, method, scheme, options, why
-) -> None:
+def test_what_cannot_be_folded_is_said_in_one_sentence(prepare, family, method, scheme, options, why) -> None:
     loaded, result = prepare(family, method, scheme, options)
-    sentence = save_plain(loaded, result, tmp_path / "saved", method)
-    assert sentence == f"not saved as a transformers folder: {why}"
-    assert not (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize("name", ["meta/Llama-2-7b", "/some/where/Llama-2-7b", "Llama-2-7b/"])
-def test_folders_are_named_as_on_hubs(name) -> None:
-    assert folder_name(name, "rtn", "W4A16g128") == "Llama-2-7b-rtn-W4A16g128"
+    states = [result.state(i) for i in range(len(result))]
+    assert refusal(loaded, FAKE, result.lane.scheme, True, states) == why

@@ -138,6 +138,9 @@ def test_a_reference_is_read_back_and_a_damaged_one_is_not(tmp_path, tiny_llama,
     write_reference(folder, tiny_llama, ids, top_k=9, **CPU)
     (folder / "reference.json").write_text(json.dumps({}))
     assert open_reference(folder) is None
+    first = write_reference(folder, tiny_llama, ids, top_k=9, **CPU).logprobs.copy()
+    kept = write_reference(folder, other, ids, top_k=9, **CPU)  # another process was faster
+    assert np.array_equal(kept.logprobs, first) and len(list(folder.parent.iterdir())) == 1
 
 
 def test_nothing_half_written_stays_where_the_model_breaks_down(tmp_path, tiny_llama, ids) -> None:

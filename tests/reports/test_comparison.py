@@ -404,3 +404,17 @@ def test_notes_are_numbered_once_and_transforms_admit_their_cost() -> None:
         "per block 600 kFLOP per token, 2 MB stored",
     ]
     assert list(compare(rows).footnotes.values()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"protocol": "another"}, {"losses": window_losses(1, n=32, extra=0.1)}],
+    ids=["protocol", "fewer"],
+)
+def test_what_was_measured_otherwise_under_one_contract_is_never_tied(change: dict) -> None:
+    losses = window_losses(1, extra=0.1)
+    other = {KEY: perplexity(**({"losses": [x + 1e-9 for x in losses]} | change))}
+    rows = [with_losses("best", losses), make_result("other", metrics=other)]
+    assert list(marks(compare(rows)).values()).count("tied") == 0
+    same = [rows[0], make_result("other", metrics={KEY: perplexity([x + 1e-9 for x in losses[::-1]])})]
+    assert list(marks(compare(same)).values()).count("tied") == 1

@@ -195,6 +195,18 @@ def test_leaderboard_dims_dominated_rows_and_drops_empty_columns() -> None:
     assert "GPU GiB" not in sheet.header
 
 
+def test_an_accuracy_that_guessing_explains_says_so() -> None:
+    def tasks(chance: float) -> dict:
+        return {"t/acc": accuracy(1, chance, "t").model_copy(update={"chance": 0.5})}
+
+    found = sections([make_result("good", metrics=tasks(0.9)), make_result("guess", metrics=tasks(0.5))])
+    text = render(found, width=120)
+    (good,) = re.findall(r"good.*?([\d.]+°?) ±", text)[:1]
+    (guess,) = re.findall(r"guess .*?([\d.]+°?) ±", text)[:1]
+    assert not good.endswith("°") and guess.endswith("°") and "° not shown to be above guessing" in text
+    assert r"$^\circ$" in render(found, "latex")
+
+
 def test_latency_has_a_column_where_a_record_has_one() -> None:
     fields = {"n": 1, "protocol": "one token, batch 1", "unit": "ms", "items": None}
     metrics = {

@@ -99,8 +99,18 @@ def place(name: str, extra: float, bits: float, scheme: str = "W4A16", seed: int
         ([place("a", 0.1, 4.0), place("b", 0.3, 4.0, "W4A4")], set()),
         ([place("a", 0.1, 4.0, "W4A4"), place("b", 0.3, 4.0)], {"b"}),
         ([place("a", 0.1, 4.0, "W4A8KV4"), place("b", 0.2, 4.0, "W4A8")], {"b"}),
+        ([place("a", 0.1, 4.0, "W4A16KV4"), place("b", 0.3, 4.0, "W4A4")], set()),
     ],
-    ids=["worse", "smaller", "bigger", "tied", "weight_only", "quantized_inputs_and_better", "cache"],
+    ids=[
+        "worse",
+        "smaller",
+        "bigger",
+        "tied",
+        "weight_only",
+        "quantized_inputs_and_better",
+        "cache",
+        "inputs",
+    ],
 )
 def test_pareto_front(rows: list[dict], dominated: set[str]) -> None:
     section = sections([baseline(), *(make_result(**row) for row in rows)])[0]

@@ -134,7 +134,7 @@
     el("table", {},
       el("thead", {}, el("tr", {}, head.map((title, i) => el("th", i ? {} : { class: "first" }, title)))),
       el("tbody", {}, lines.map((line) => el("tr", {}, line.map((value, i) =>
-        el("td", { class: i === 0 ? "first" : i === line.length - 1 && String(value).length > 24 ? "wrap" : "" }, shown(value))))))));
+        el("td", i ? {} : { class: "first" }, value instanceof Node ? value : shown(value))))))));
   const part = (title, ...content) => [el("h3", {}, title), ...content];
 
   const chart = (title, curves) => {
@@ -159,7 +159,7 @@
     const row = data.rows[id];
     if (!row) return;
     const contract = data.contracts[row.contract];
-    const metrics = Object.entries(row.metrics).map(([key, m]) => [key, m.text, m.ratio ?? "—", m.mark ?? "", `${m.n}${m.n_total && m.n_total !== m.n ? " of " + m.n_total : ""}`, data.protocols[m.protocol]]);
+    const metrics = Object.entries(row.metrics).map(([key, m]) => [el("span", {}, key, el("small", {}, data.protocols[m.protocol])), m.text, m.ratio ?? "—", m.mark ?? "", `${m.n}${m.n_total && m.n_total !== m.n ? " of " + m.n_total : ""}`]);
     const close = el("button", { type: "button", class: "close", autofocus: "" }, "Close");
     close.addEventListener("click", () => dialog.close());
     const facts = Object.entries(row.facts).map(([key, value]) => el("li", {}, el("b", {}, key), value));
@@ -175,7 +175,7 @@
       el("header", {}, el("div", {}, el("h2", { id: "record-title" }, `${row.label} · ${row.scheme}`), el("p", {}, row.model)), close),
       el("ul", { class: "facts" }, facts),
       ...(row.notes.length ? part("Notes", el("ul", { class: "notes" }, row.notes.map((note) => el("li", {}, note)))) : []),
-      ...part("Measurements", table(["metric", "value", "÷ full precision", "rank", "items", "protocol"], metrics)),
+      ...part("Measurements", table(["metric", "value", "÷ full precision", "rank", "items"], metrics)),
       ...(row.seeds.length ? part("Calibration seeds", table(["seed", "record", Object.keys(row.metrics)[0]], row.seeds)) : []),
       ...(charts.length ? part("Blocks", el("div", { class: "charts" }, charts)) : []),
       ...(row.transforms.length ? part("Transforms of a block", table(["site", "kind", "folded", "keeps the function", "stored bits", "FLOP/token"], row.transforms)) : []),

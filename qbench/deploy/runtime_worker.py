@@ -1,0 +1,159 @@
+"""Load a folder in one runtime and write down what it computes. Run by another Python, which may not have qbench.
+
+`python -I runtime_worker.py REQUEST.json`: the request names the runtime, the folder, a safetensors file with the
+probe (token ids; one input per width for the linears) and the file for the answer. The answer holds the logits, the
+response of every linear to its input, and the output of every block on the first window; so a parent can tell which
+linear is wrong without knowing how the runtime computes. Only torch, safetensors and the runtime itself are imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import warnings
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+PACKAGES = ("torch", "transformers", "compressed-tensors", "optimum", "gptqmodel", "auto-gptq")
+
+
+HALVED = (
+    "loaded with dequantize=True, which rounds weights to the scales' float16: this compressed-tensors does not load "
+    "packed zero points otherwise"
+)
+
+
+def load(runtime: str, folder: str, dtype: str) -> Any:
+    """The folder as this runtime's transformers-like model, on the CPU; `model.qbench_note` says what was special."""
+    if runtime == "gptqmodel":
+        from gptqmodel import BACKEND, GPTQModel
+
+        # AUTO takes a fused kernel that is wrong for asymmetric weights in 7.6.0; TORCH refuses float32
+        return GPTQModel.load(folder, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH).model
+    if runtime == "auto-gptq":
+        _shim_for_transformers_5()
+        from auto_gptq import AutoGPTQForCausalLM
+
+        return AutoGPTQForCausalLM.from_quantized(
+            folder,
+            device="cpu",
+            use_triton=False,
+            disable_exllama=True,
+            disable_exllamav2=True,
+            inject_fused_attention=False,
+            inject_fused_mlp=False,
+            use_safetensors=True,
+        ).model
+    from transformers import AutoModelForCausalLM
+
+    wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **wanted)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error) or not _weights_alone(folder):
+            raise
+    # compressed-tensors 0.20.0 forgets to pack zero points of the meta model that the file's are loaded into
+    from transformers import CompressedTensorsConfig
+
+    dense = CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # "already has a quantization_config": that is what is wanted
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="cpu", quantization_config=dense, **wanted
+        )
+    model.qbench_note = HALVED
+    return model
+
+
+def _weights_alone(folder: str) -> bool:
+    """Whether a compressed-tensors folder quantizes no inputs, which dequantize=True would drop."""
+    with open(f"{folder}/config.json") as file:
+        groups = json.load(file).get("quantization_config", {}).get("config_groups", {}).values()
+    return bool(groups) and all(group.get("input_activations") is None for group in groups)
+
+
+def _shim_for_transformers_5() -> None:
+    """Four names that AutoGPTQ 0.7.1 imports and transformers 5 and peft 0.21 moved; nothing where they exist."""
+    import huggingface_hub
+    import peft.peft_model
+    import transformers.modeling_utils
+    import transformers.utils.hub
+
+    if not hasattr(transformers.modeling_utils, "no_init_weights"):
+        import transformers.initialization
+
+        transformers.modeling_utils.no_init_weights = lambda _enable=True: (
+            transformers.initialization.no_init_weights()
+        )
+    for name in ("create_commit", "create_repo"):
+        if not hasattr(transformers.utils.hub, name):
+            setattr(transformers.utils.hub, name, getattr(huggingface_hub, name))
+    if not hasattr(peft.peft_model, "PEFT_TYPE_TO_MODEL_MAPPING"):
+        peft.peft_model.PEFT_TYPE_TO_MODEL_MAPPING = {}
+
+
+@torch.no_grad()
+def compute(
+    model: Any, probe: dict[str, torch.Tensor], blocks: str, linears: list[str]
+) -> dict[str, torch.Tensor]:
+    """Logits first, since some runtimes finish loading in their first forward pass; then every linear by itself."""
+    answer: dict[str, torch.Tensor] = {}
+    model.eval()
+    model.config.use_cache = False
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, args: Any, out: Any) -> None:
+            hidden = out[0] if isinstance(out, tuple) else out
+            answer.setdefault(name, hidden.detach().float().reshape(-1, hidden.shape[-1]).clone())
+
+        return hook
+
+    handles = [
+        block.register_forward_hook(keep(f"block.{i}")) for i, block in enumerate(model.get_submodule(blocks))
+    ]
+    logits = [model(input_ids=window[None]).logits[0].float() for window in probe["ids"]]
+    for handle in handles:
+        handle.remove()
+    answer["logits"] = torch.stack(logits)
+    dtype = next(p.dtype for p in model.get_input_embeddings().parameters())
+    for name in linears:
+        module = model.get_submodule(name)
+        width = int(probe[f"width.{name}"])
+        # [1, rows, width]: as inside a block, where inputs have a batch dimension
+        answer[f"linear.{name}"] = module(probe[f"input.{width}"].to(dtype)[None])[0].float()
+    return {name: tensor.contiguous() for name, tensor in answer.items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main(request_file: str) -> None:
+    """Do what the request says; an error goes into the answer's place as one line of JSON on stdout."""
+    with open(request_file) as file:
+        request = json.load(file)
+    torch.set_num_threads(request["threads"])
+    try:
+        model = load(request["runtime"], request["folder"], request["dtype"])
+        answer = compute(model, load_file(request["probe"]), request["blocks"], request["linears"])
+    except Exception as error:  # whatever a foreign runtime raises is its verdict on the folder
+        first = (str(error).strip() or "no message").splitlines()[0]
+        print(json.dumps({"error": f"{type(error).__name__}: {first}"}))
+        return
+    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    dtype = str(next(model.get_input_embeddings().parameters()).dtype).removeprefix("torch.")
+    save_file(answer, request["answer"])
+    note = getattr(model, "qbench_note", None)
+    print(json.dumps({"versions": versions, "dtype": "float16" if note == HALVED else dtype, "note": note}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
