@@ -281,5 +281,7 @@ def test_of_equal_errors_the_least_clipped_is_kept() -> None:
     from qbench.quant.clipping import search_range
 
     weight, grid = torch.randn(6, 32), Grid(3, group_size=16)
-    for found, own in zip(search_range(weight, torch.zeros(5, 32), grid), extremes(weight, grid), strict=True):
+    for found, own in zip(
+        search_range(weight, torch.zeros(5, 32), grid), extremes(weight, grid), strict=True
+    ):
         assert torch.equal(found, own)
