@@ -157,6 +157,12 @@ def main() -> None:
         loaded.model.get_submodule(linear).weight.data.copy_(weight)
     found["gptqmodel"] = score()
 
+    block = loaded.architecture.blocks
+    for role, path in loaded.spec.linears.items():  # of block 0, where both see the same inputs
+        mine = result.state(0).linears[role]
+        step = mine.grid.split(torch.ones_like(mine.codes)) * mine.scale.float().unsqueeze(-1)
+        apart = (mine.dequantize() - weights[f"{block}.0.{path}"]).abs() >= step.reshape(mine.codes.shape) / 2
+        print(f"block 0 {role:8} {1 - float(apart.float().mean()):10.4f} of the codes equal")
     for method, value in found.items():
         took = f"  {seconds[method]:.0f}s" if method in seconds else ""
         print(f"{method:16} {value:10.4f}{took}")
