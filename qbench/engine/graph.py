@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def capture_step(
         The replay, or None where an operation of the step cannot be captured.
     """
     initial = [p.detach().clone() for p in parameters]
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     captured = True
@@ -47,3 +48,9 @@ def capture_step(
                 if isinstance(value, Tensor):
                     value.zero_()
     return graph.replay if captured else None
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One stream for all warm-ups: products keep a workspace per stream for good, so new streams would add up."""
+    return torch.cuda.Stream(device)
