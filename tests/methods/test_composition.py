@@ -242,6 +242,7 @@ def test_a_run_records_the_composition_and_a_second_run_resumes_it(tmp_path) -> 
     assert row.options["damping_fraction"] == 0.01 and row.options["alpha"] == 0.8
     assert [t.site for t in row.transforms] == ["attn_in", "mlp_in"]
     assert row.blocks[0].extras["output_error.q"] < row.blocks[0].extras["output_error_nearest.q"]
-    assert [f.name for f in (tmp_path / "models").iterdir()] == ["tiny-llama-SmoothQuant-GPTQ-W4A16-g64"]
+    (saved,) = (tmp_path / "models").iterdir()
+    assert "gptq" in saved.name.lower() and (saved / "config.json").is_file()
     _, again = run(config)
     assert again.metrics == row.metrics and again.blocks == row.blocks
