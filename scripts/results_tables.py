@@ -20,7 +20,16 @@ from qbench.reports.comparison import compare
 from qbench.results import Result, ResultStore
 
 ORDER = ("rtn", "smoothquant", "omniquant", "affinequant")  # as published: each below the one before
-OTHERS = ("abq", "signround", "gptq", "smoothquant+gptq", "omniquant+gptq", "affinequant+gptq", "awq", "awq+gptq")
+OTHERS = (
+    "abq",
+    "signround",
+    "gptq",
+    "smoothquant+gptq",
+    "omniquant+gptq",
+    "affinequant+gptq",
+    "awq",
+    "awq+gptq",
+)
 SCHEMES = ("W16A16", "W4A16g128", "W3A16g128", "W3A16", "W2A16g64", "W4A4", "W6A6", "W2A8")
 METRIC = "wikitext2/perplexity"
 TOLERANCE = 1.01

@@ -52,7 +52,7 @@ class Observer:
     def _hook(self, role: str) -> Any:
         def observe(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = (
-                args[0].detach().to(torch.promote_types(args[0].dtype, torch.float32))
+                args[0].detach().float()
             )  # [windows, tokens, in], or OPT's [windows·tokens, in] before its fc1
             for window in x.reshape(-1, self._seq_len, x.shape[-1]):
                 self._update(role, window)

@@ -113,7 +113,7 @@ class Problem:
             return states
 
         self.epochs = []
-        arranged = EngineSettings(**({"device": CPU} | settings))
+        arranged = EngineSettings(**({"device": CPU, "dtype": torch.get_default_dtype()} | settings))
         report = fit(
             self.prepared(), self.plan, self.case.tensors(), self.grid, hidden(self.inputs), hidden(self.target),
             hidden(self.same), self.case.kwargs, arranged, lambda epoch, epochs, loss: self.epochs.append(loss),

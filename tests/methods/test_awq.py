@@ -275,3 +275,13 @@ def test_clipping_ranges_of_a_large_weight_do_not_depend_on_how_it_is_cut(monkey
     free.set_range("q", weight, *untouched, Grid(3))
     assert all(torch.equal(a, b) for a, b in zip(free.ranges("q", weight, Grid(3)), untouched, strict=True))
     assert round_to_nearest(weight, *untouched, Grid(3)).codes.max() == 7
+
+
+def test_of_equal_errors_the_least_clipped_is_kept() -> None:
+    from qbench.quant.clipping import search_range
+
+    weight, grid = torch.randn(6, 32), Grid(3, group_size=16)
+    for found, own in zip(
+        search_range(weight, torch.zeros(5, 32), grid), extremes(weight, grid), strict=True
+    ):
+        assert torch.equal(found, own)

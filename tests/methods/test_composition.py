@@ -62,6 +62,17 @@ def test_presets_and_refusals_are_those_of_the_parts(tiny_llama) -> None:
         bad.planner.check(bad.scheme, spec_of(tiny_llama))
 
 
+def test_a_part_tells_what_was_asked_for_from_its_defaults(build_tiny) -> None:
+    model = build_tiny(
+        "qwen3"
+    )  # has no query_key site, which OmniQuant's default set drops and a request does not
+    lane = make_lane(model, "omniquant+gptq", "W4A4")
+    lane.planner.check(lane.scheme, spec_of(model))
+    asked = make_lane(model, "omniquant+gptq", "W4A4", sites=("attn_in", "query_key"))
+    with pytest.raises(ConfigError, match="query_key"):
+        asked.planner.check(asked.scheme, spec_of(model))
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_rounding_to_nearest_as_a_part_changes_nothing(build_tiny, tokens, family) -> None:
     model = build_tiny(family)
@@ -231,6 +242,7 @@ def test_a_run_records_the_composition_and_a_second_run_resumes_it(tmp_path) -> 
     assert row.options["damping_fraction"] == 0.01 and row.options["alpha"] == 0.8
     assert [t.site for t in row.transforms] == ["attn_in", "mlp_in"]
     assert row.blocks[0].extras["output_error.q"] < row.blocks[0].extras["output_error_nearest.q"]
-    assert any("tiny-llama-smoothquant+gptq-W4A16g64" in note for note in row.notes)
+    (saved,) = (tmp_path / "models").iterdir()
+    assert "gptq" in saved.name.lower() and (saved / "config.json").is_file()
     _, again = run(config)
     assert again.metrics == row.metrics and again.blocks == row.blocks
