@@ -66,7 +66,8 @@ class Tolerance:
 
     Attributes:
         linear: Largest |difference| of a linear's response over its output channel's root mean square.
-        block: Largest |difference| of a block's outputs over their root mean square: names where it begins, where no linear is wrong but the logits are.
+        block: Largest |difference| of a block's outputs over their root mean square: names where it begins, where no
+            linear is wrong but the logits are.
         kl: Nats per token.
         perplexity: Relative.
     """
