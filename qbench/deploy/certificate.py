@@ -65,8 +65,9 @@ class Tolerance:
     """How far a runtime may be from the reference, by the type it computes in.
 
     Attributes:
-        linear: Largest |difference| of a linear's response over the response's root mean square.
-        block: The same of a block's outputs: names where it begins, where no linear is wrong but the logits are.
+        linear: Largest |difference| of a linear's response over its output channel's root mean square.
+        block: Largest |difference| of a block's outputs over their root mean square: names where it begins, where no
+            linear is wrong but the logits are.
         kl: Nats per token.
         perplexity: Relative.
     """
@@ -483,9 +484,15 @@ def _first_wrong_linear(
         if scheme.abits < 16:
             x = fake_quantize(x, Grid(scheme.abits))
         goal = functional.linear(x, state.weight[role], state.bias[role])
-        if not (error := _relative(answer[f"linear.{path}"], goal)) <= limit:
+        if not (error := _by_channel(answer[f"linear.{path}"], goal)) <= limit:
             return f"{linear_name(i, path)} (response differs by {error:.2g})"
     return None
+
+
+def _by_channel(found: Tensor, goal: Tensor) -> float:
+    """Largest |difference| of [inputs, out] over its own channel's root mean square: channels differ by orders."""
+    size = goal.square().mean(0).sqrt()
+    return float(((found - goal).abs().amax(0) / size.clamp(min=1e-3 * float(size.mean()))).max())
 
 
 def _relative(found: Tensor, goal: Tensor) -> float:

@@ -152,7 +152,12 @@ def main(request_file: str) -> None:
     dtype = str(next(model.get_input_embeddings().parameters()).dtype).removeprefix("torch.")
     save_file(answer, request["answer"])
     note = getattr(model, "qbench_note", None)
-    print(json.dumps({"versions": versions, "dtype": "float16" if note == HALVED else dtype, "note": note}))
+    kernel = type(model.get_submodule(request["linears"][0])).__name__
+    if note == HALVED:
+        dtype = "float16"
+    elif kernel.startswith("TorchAten"):
+        dtype, note = "bfloat16", f"GPTQModel's CPU kernel {kernel} turns scales and inputs into bfloat16"
+    print(json.dumps({"versions": versions, "dtype": dtype, "note": note}))
 
 
 if __name__ == "__main__":
