@@ -3,8 +3,9 @@
     python scripts/results_tables.py RESULTS
 
 RESULTS holds one folder per run of the two experiment files: methods-MODEL, parity-legal-MODEL and
-parity-published-MODEL for each reference model; repeated parity runs have a suffix (parity-legal-MODEL-2) and are
-averaged. Cells that were run with the auxiliary loss as well lie in parity-aug-…. The authors' figures are experiments/reference-authors.csv.
+parity-published-MODEL for each reference model. Repeated parity runs have a suffix (parity-legal-MODEL-2) and are
+averaged; cells that were run with the auxiliary loss as well lie in parity-aug-…. The authors' figures are
+experiments/reference-authors.csv.
 """
 
 from __future__ import annotations
@@ -95,10 +96,9 @@ def parity_table(folder: Path) -> list[str]:
                     good = good and bool(runs) and fmean(runs) <= TOLERANCE * theirs
                     found = found or bool(runs)
                 if found or not kind:
-                    lines.append(
-                        f"| {cell['model']} | {cell['method']} | {cell['scheme']}{remark} | {theirs} | {' | '.join(shown)} "
-                        f"| {'yes' if good else 'no'} |"
-                    )
+                    verdict = "yes" if good else "no"
+                    name = f"{cell['model']} | {cell['method']} | {cell['scheme']}{remark}"
+                    lines.append(f"| {name} | {theirs} | {' | '.join(shown)} | {verdict} |")
     return lines
 
 
