@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qbench.cli.run import _Command, _config_option, _Option, _put, echo_generations
+from qbench.cli.run import _Command, _config_option, _put, echo_generations, form_and_file
 from qbench.config import ScoreConfig, read_mapping, validated
 
 OPTIONS: dict[str, list[tuple[str, str]]] = {
@@ -73,19 +73,7 @@ evaluate = _Command(
             for title, rows in OPTIONS.items()
             for flags, path in rows
         ),
-        _Option(
-            "Output",
-            ["--format", "format_"],
-            type=click.Choice(["table", "json", "csv", "markdown", "latex"]),
-            default="table",
-            help="Form of the result on stdout. Default: table.",
-        ),
-        _Option(
-            "Output",
-            ["--config"],
-            metavar="FILE.yaml",
-            help="Read all this from a file; options override it.",
-        ),
+        *form_and_file(),
     ],
     context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )

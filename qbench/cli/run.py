@@ -158,6 +158,25 @@ def _method_option(name: str, kind: type, help: str) -> _Option:
     return _Option(METHOD_SECTION, [flag, f"method__{name}"], type=kind, default=None, help=help)
 
 
+def form_and_file() -> list[click.Parameter]:
+    """Options of every command that measures: the form of its result, and a file with the rest."""
+    return [
+        _Option(
+            "Output",
+            ["--format", "format_"],
+            type=click.Choice(["table", "json", "csv", "markdown", "latex"]),
+            default="table",
+            help="Form of the result on stdout. Default: table.",
+        ),
+        _Option(
+            "Output",
+            ["--config"],
+            metavar="FILE.yaml",
+            help="Read all this from a file; options override it.",
+        ),
+    ]
+
+
 def _options() -> list[click.Parameter]:
     what = "What to compare"
     compared = [
@@ -193,21 +212,7 @@ def _options() -> list[click.Parameter]:
             help="Accepted and implied: perplexity is always measured.",
         )
     )
-    made["Output"] += [
-        _Option(
-            "Output",
-            ["--format", "format_"],
-            type=click.Choice(["table", "json", "csv", "markdown", "latex"]),
-            default="table",
-            help="Form of the result on stdout. Default: table.",
-        ),
-        _Option(
-            "Output",
-            ["--config"],
-            metavar="FILE.yaml",
-            help="Read all this from a file; options override it.",
-        ),
-    ]
+    made["Output"] += form_and_file()
     methods = [_method_option(name, kind, help) for name, (kind, help) in METHOD_OPTIONS.items()]
     return [
         *made.pop("Model"),
