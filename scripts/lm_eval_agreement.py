@@ -1,8 +1,8 @@
 """Compare `qbench --tasks paper6=FOLDER` with lm-eval run by itself, item by item.
 
 lm-eval's side has nothing of qbench's: its own model class on the model's folder, its own batching, and task
-definitions of its own over copies of the files. Prints one JSON object per task, with lm-eval's log-likelihoods of every
-item that differs (a difference in rounding can only turn a near tie); exits 1 if any item or score differs.
+definitions of its own over copies of the files. Prints one JSON object per task, with lm-eval's log-likelihoods of
+every item that differs (other rounding can turn near ties and nothing else); exits 1 if any item or score differs.
 
     python scripts/lm_eval_agreement.py MODEL_FOLDER TASK_FOLDER [--limit N] [--device cuda] [--dtype float64]
 """
