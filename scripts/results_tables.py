@@ -5,12 +5,14 @@
 RESULTS holds one folder per run of the two experiment files: methods-MODEL, parity-legal-MODEL and
 parity-published-MODEL for each reference model. Repeated parity runs have a suffix (parity-legal-MODEL-2) and are
 averaged; cells that were run with the auxiliary loss as well lie in parity-aug-…. The authors' figures are
-experiments/reference-authors.csv.
+experiments/reference-authors.csv. tasks-MODEL holds the run of experiments/zero-shot.yaml, agree-MODEL-DTYPE.jsonl what
+scripts/lm_eval_agreement.py printed.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 
+from qbench.reports.columns import COST, GUESSED, columns, legend
 from qbench.reports.comparison import compare
+from qbench.reports.export import escape_markdown, markdown_table
 from qbench.reports.stats import paired_difference
 from qbench.results import Result, ResultStore
 
@@ -38,12 +42,19 @@ METRIC = "wikitext2/perplexity"
 GPTQ, NEAREST = "gptq", "rtn"
 ERROR, ERROR_NEAREST = "output_error.", "output_error_nearest."  # what gptq's rows hold of every linear
 TOLERANCE = 1.01
+NORMED = ("arc_challenge", "hellaswag")  # tasks that the papers report acc_norm of
 AUTHORS = Path(__file__).parent.parent / "experiments" / "reference-authors.csv"
 
 
 def rank(method: str) -> int:
     """Place in a table: the baseline, the published order, the others."""
     return (*ORDER, *OTHERS).index(method) if method in ORDER + OTHERS else -1
+
+
+def ordered(folder: Path) -> list[Result]:
+    """A folder's rows, scheme by scheme in the order of the methods."""
+    rows = ResultStore(folder).load_all()
+    return sorted(rows, key=lambda row: (SCHEMES.index(row.scheme), rank(row.method)))
 
 
 def perplexity(rows: Sequence[Result], method: str, scheme: str) -> float | None:
@@ -179,13 +190,62 @@ def parity_table(folder: Path) -> list[str]:
     return lines
 
 
+def zero_shot(rows: Sequence[Result]) -> list[str]:
+    """A table of accuracies, one of text and fidelity, and what both say."""
+    keys = list(rows[0].metrics)
+    tasks = [key for key in keys if key.endswith("/acc") or key in {f"{name}/acc_norm" for name in NORMED}]
+    text = ["perplexity", "word_perplexity", "kl_mean", "top1_agreement"]
+    pieces = [narrow_table(rows, tasks), narrow_table(rows, [f"wikitext2/{name}" for name in text])]
+    (full,) = [row for row in compare(rows).tables[0].blocks[0].rows if row.is_reference]
+    found = {key.removesuffix("/acc"): full.scores[key].above_chance for key in tasks if key.endswith("/acc")}
+    above, below = ([task for task, high in found.items() if bool(high) == side] for side in (True, False))
+    items = sum(rows[0].metrics[key].n for key in tasks if key.endswith("/acc"))
+    seconds = [row.cost.stages["evaluate"] for row in rows]
+    pieces.append(
+        f"{items:,} questions. Full precision is above guessing at {', '.join(above) or 'none'}; not at "
+        f"{', '.join(below) or 'none'}. Measuring a row took {min(seconds):.0f} to {max(seconds):.0f} s."
+    )
+    return pieces
+
+
+def narrow_table(rows: Sequence[Result], keys: Sequence[str]) -> str:
+    """Some metrics of some rows as Markdown, without costs and without notes, and the marks' meaning."""
+    kept = [
+        row.model_copy(
+            update={
+                "metrics": {key: row.metrics[key] for key in keys if key in row.metrics},
+                "notes": [],
+                "transforms": [],
+            }
+        )
+        for row in rows
+    ]
+    comparison = compare(kept)
+    (table,) = comparison.tables
+    shown = columns(table, comparison, table.metrics, {*COST, "recovery"})
+    marks = [line for line in legend(comparison, best="bold:") if line.startswith(("bold", "±", GUESSED))]
+    return markdown_table(shown) + "\n\n" + "  \n".join(escape_markdown(line) for line in marks) + "\n"
+
+
+def agreement(path: Path) -> str:
+    """One line of what scripts/lm_eval_agreement.py found."""
+    tasks = [json.loads(line) for line in path.read_text().splitlines()]
+    name = path.stem.removeprefix("agree-")
+    differing = [item for task in tasks for item in task["differing"]]
+    same = all(task["same_items"] and task["same_scores"] for task in tasks)
+    return (
+        f"* {name}: {sum(task['items'] for task in tasks):,} questions of {len(tasks)} tasks, "
+        + ("every outcome, score and standard error equal" if same else f"different: {json.dumps(differing)}")
+        + f"; lm-eval {sum(task['lm_eval_s'] for task in tasks):.0f} s, "
+        f"qbench {sum(task['qbench_s'] for task in tasks):.0f} s"
+    )
+
+
 def main() -> None:
     """Print everything."""
     folder = Path(sys.argv[1])
     for path in sorted(folder.glob("methods-*")):
-        rows = sorted(
-            ResultStore(path).load_all(), key=lambda row: (SCHEMES.index(row.scheme), rank(row.method))
-        )
+        rows = ordered(path)
         print(f"## {path.name.removeprefix('methods-')}\n")
         print(compare(rows).render("markdown"))
         print("\nPublished order RTN ≥ SmoothQuant ≥ OmniQuant ≥ AffineQuant in perplexity:\n")
@@ -193,6 +253,12 @@ def main() -> None:
         if table := rounding_table(rows):
             print("GPTQ against rounding to nearest under the same transform, linear by linear:\n")
             print("\n".join(table), "\n")
+    for path in sorted(folder.glob("tasks-*")):
+        print(f"## Zero-shot: {path.name.removeprefix('tasks-')}\n")
+        print("\n".join(zero_shot(ordered(path))), "\n")
+    if agreements := sorted(folder.glob("agree-*.jsonl")):
+        print("## Agreement with lm-eval\n")
+        print("\n".join(map(agreement, agreements)), "\n")
     print("## Against the authors' code\n")
     print("\n".join(parity_table(folder)))
 
