@@ -30,9 +30,10 @@ from qbench.config import RunConfig
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import choose_placement
 from qbench.engine.install import on_device, quantized
+from qbench.engine.lane import Lane, LaneResult, Planner
 from qbench.engine.plan import BlockPlan, BlockView, LearnedRounding, Needs
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane, LaneResult, Planner, reconstruct
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
 from qbench.evals.memory import peak_cpu_bytes

@@ -25,8 +25,9 @@ from qbench.engine import attention
 from qbench.engine.channel_files import ChannelFiles, read_channels, write_channels
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.install import quantized
+from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, NumericalError, QbenchError, UnsupportedSchemeError
 from qbench.evals.memory import peak_cpu_bytes, stored_memory

@@ -602,7 +602,7 @@ def test_rows_that_memory_has_no_room_for_take_another_pass(here, monkeypatch) -
         runner_module, "reconstruct", lambda *a: lanes.append([lane.name for lane in a[3]]) or original(*a)
     )
     compute = {"hidden_states": "auto"}
-    monkeypatch.setattr("qbench.engine.reconstruct.choose_placement", lambda *a: "cpu")
+    monkeypatch.setattr("qbench.engine.stream.choose_placement", lambda *a: "cpu")
     rows = here.run(methods=TRAINED, compute=compute)
     assert lanes == [["rtn W3A16", "smoothquant W3A16"], ["omniquant W3A16", "affinequant W3A16"]]
     assert [row.codes for row in rows] == [row.codes for row in expected]
