@@ -40,7 +40,8 @@ from qbench.evals.memory import peak_cpu_bytes
 from qbench.evals.perplexity import perplexity
 from qbench.evaluate import Suite
 from qbench.models.loading import LoadedModel
-from qbench.runner import Wanted, baseline_is_known, parts, prepare, stored_row
+from qbench.rows import Wanted, baseline_is_known, stored_row
+from qbench.runner import parts, prepare
 from qbench.scheme import Scheme
 
 ARRAYS = 3  # of hidden states besides one per lane: full-precision inputs and outputs, one lane's outputs
