@@ -11,13 +11,15 @@ experiments/reference-authors.csv.
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 from qbench.reports.comparison import compare
+from qbench.reports.stats import paired_difference
 from qbench.results import Result, ResultStore
 
 ORDER = ("rtn", "smoothquant", "omniquant", "affinequant")  # as published: each below the one before
@@ -33,6 +35,8 @@ OTHERS = (
 )
 SCHEMES = ("W16A16", "W4A16g128", "W3A16g128", "W3A16", "W2A16g64", "W4A4", "W6A6", "W2A8")
 METRIC = "wikitext2/perplexity"
+GPTQ, NEAREST = "gptq", "rtn"
+ERROR, ERROR_NEAREST = "output_error.", "output_error_nearest."  # what gptq's rows hold of every linear
 TOLERANCE = 1.01
 AUTHORS = Path(__file__).parent.parent / "experiments" / "reference-authors.csv"
 
@@ -62,6 +66,79 @@ def order_report(rows: Sequence[Result]) -> list[str]:
         ]
         sentences.append(f"* {scheme}: " + ("does not hold: " + "; ".join(breaks) if breaks else "holds"))
     return sentences
+
+
+def weight_errors(row: Result) -> dict[str, float]:
+    """GPTQ's error of every linear over that of rounding to nearest, by `block.role`.
+
+    The error is tr(ΔHΔᵀ), Δ the change of the folded weight and H the second moment of the linear's input on the
+    quantized path. Both roundings have weight, H, bits, groups and clipping in common; nearest has the folded weight's
+    ranges, and so has GPTQ but for groups without clipping, whose ranges it reads again as it goes.
+    """
+    return {
+        f"{block.index}.{role}": error / block.extras[ERROR_NEAREST + role]
+        for block in row.blocks
+        for key, error in block.extras.items()
+        if (role := key.removeprefix(ERROR)) != key and block.extras[ERROR_NEAREST + role] > 0
+    }
+
+
+def rounding_table(rows: Sequence[Result]) -> list[str]:
+    """GPTQ beside rounding to nearest under every transform: errors of the linears, then perplexity.
+
+    The perplexity's neighbour is the row of the transform alone. A learned transform is fitted once for each of the two
+    rows, so there the perplexities belong to two fits; the errors of the linears to one.
+    """
+    lines = [
+        "| transform | scheme | linears | not below | median ÷ | worst ÷ | at | ppl nearest | ppl GPTQ | ÷ |",
+        "|:--|:--|--:|--:|--:|--:|:--|--:|--:|--:|",
+    ]
+    linears, beside_each, above, worse = 0, 0, [], []
+    for row in rows:
+        under, _, rounding = row.method.rpartition("+")
+        ratios = weight_errors(row) if rounding == GPTQ else {}
+        if not ratios:
+            continue
+        worst = max(ratios, key=lambda at: ratios[at])
+        lost = [at for at, ratio in ratios.items() if not ratio < 1]
+        linears += len(ratios)
+        above += [f"{row.method} {row.scheme} {at} ({ratios[at]:.3f})" for at in lost]
+        own = row.metrics[METRIC]
+        cells = [
+            under or "none",
+            row.scheme,
+            str(len(ratios)),
+            str(len(lost)),
+            f"{median(ratios.values()):.3f}",
+        ]
+        cells += [f"{ratios[worst]:.3f}", worst]
+        other = next((r for r in rows if (r.method, r.scheme) == (under or NEAREST, row.scheme)), None)
+        if other is None or other.contract != row.contract:
+            cells += ["—", f"{own.value:.2f}", "—"]
+        else:
+            beside = other.metrics[METRIC]
+            beside_each += 1
+            gap = paired_difference(own.items or [], beside.items or [])
+            assert gap is not None
+            ratio, half = math.exp(gap.mean), math.exp(gap.mean) * gap.half_width
+            tied = gap.low <= 0 <= gap.high
+            cells += [
+                f"{beside.value:.2f}",
+                f"{own.value:.2f}",
+                f"{ratio:.3f} ±{half:.3f}{' ≈' if tied else ''}",
+            ]
+            if ratio > 1:
+                worse.append(f"{under or 'none'} {row.scheme} ({ratio:.3f}{', ≈' if tied else ''})")
+        lines.append(f"| {' | '.join(cells)} |")
+    if linears:
+        lines += [
+            "",
+            f"Weight error: GPTQ is below rounding to nearest in {linears - len(above)} of {linears} linears"
+            + (f"; not in {', '.join(above)}." if above else "."),
+            f"Perplexity: GPTQ is below in {beside_each - len(worse)} of {beside_each} rows"
+            + (f"; not at {', '.join(worse)}." if worse else "."),
+        ]
+    return lines if linears else []
 
 
 def repeats(folder: Path, name: str, method: str, scheme: str) -> list[float]:
@@ -113,6 +190,9 @@ def main() -> None:
         print(compare(rows).render("markdown"))
         print("\nPublished order RTN ≥ SmoothQuant ≥ OmniQuant ≥ AffineQuant in perplexity:\n")
         print("\n".join(order_report(rows)), "\n")
+        if table := rounding_table(rows):
+            print("GPTQ against rounding to nearest under the same transform, linear by linear:\n")
+            print("\n".join(table), "\n")
     print("## Against the authors' code\n")
     print("\n".join(parity_table(folder)))
 

@@ -67,8 +67,10 @@ def _ablate(**given: Any) -> None:
     folder = Path(config.output) / "ablations"
     folder.mkdir(parents=True, exist_ok=True)
     for result, plain in zip(results, data, strict=True):
-        path = folder / f"{result.method}-{result.scheme}-{result.design}.json"
-        write_atomically(path, json.dumps(plain, indent=1).encode())
+        path = folder / f"{result.method}-{result.scheme}-{result.design}"
+        write_atomically(path.with_name(f"{path.name}.json"), json.dumps(plain, indent=1).encode())
+        if drawn := ablation.as_svg(result):
+            write_atomically(path.with_name(f"{path.name}.svg"), drawn.encode())
     if given["format_"] == "json":
         click.echo(json.dumps(data, indent=1))
     else:
