@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +90,7 @@ class Suite:
             if self.fidelity:
                 fields[f"{text.name}/kl_mean"] = {"protocol": self.fidelity_protocol(text)}
             if self.generate:
-                fields[f"{text.name}/first_difference"] = {"protocol": self._generation_protocol(text)}
+                fields[f"{text.name}/first_difference"] = {"protocol": self.generation_protocol(text)}
         return fields | (self.tasks.contract_fields() if self.tasks else {})
 
     def windows_per_pass(self, device: torch.device, seq_len: int) -> int:
@@ -112,7 +112,8 @@ class Suite:
         shown = text.protocol if n == len(text.windows.ids) else f"{text.protocol} first {n} windows"
         return f"{shown}, against full precision"
 
-    def _generation_protocol(self, text: ScoredText) -> str:
+    def generation_protocol(self, text: ScoredText) -> str:
+        """How a text's greedy continuations are made, in the words of a row."""
         n, length = self.prompts(text).shape
         return f"{text.name} greedy, {n} prompts of {length}, {self.generate} tokens, against full precision"
 
@@ -193,16 +194,6 @@ def scored_text(
         )
     words = word_text(name, text.text, rolling, limit) if rolling else None
     return ScoredText(name, windows, protocol, text.fingerprint, len(every.ids), words)
-
-
-def guesses(metrics: Mapping[str, Metric]) -> list[str]:
-    """A note that names the accuracies whose 95% interval reaches down to guessing; none if there are none."""
-    weak = [
-        f"{name} ({metric.chance:.2g})"
-        for name, metric in metrics.items()
-        if metric.chance is not None and metric.value - 1.96 * (metric.stderr or 0) <= metric.chance
-    ]
-    return [f"not above guessing: {', '.join(weak)}"] if weak else []
 
 
 def score(
@@ -295,7 +286,7 @@ def _compare(
             n=len(items),
             unit="tokens",
             higher_is_better=True,
-            protocol=suite._generation_protocol(text),
+            protocol=suite.generation_protocol(text),
             items=items,
             items_name="tokens",
         )

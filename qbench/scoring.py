@@ -25,7 +25,6 @@ from qbench.evaluate import (
     cache_scores,
     cached_scores,
     choose_device,
-    guesses,
     make_suite,
     model_fingerprint,
     reference_folder,
@@ -231,7 +230,7 @@ def _row(
         cost=Cost(seconds=0.0, peak_cpu_bytes=peak_cpu_bytes(), stages={"evaluate": seconds}),
         contract=contract,
         contract_fields=fields,
-        notes=notes + guesses(scores.metrics),
+        notes=notes,
         config=config.model_dump(mode="json", exclude={"output", "restart"}),
         provenance=provenance.environment(),
         calibration=fields.get("calibration") or {},
@@ -272,14 +271,14 @@ def _scheme(model: ScorableModel, made_by: Result | None) -> tuple[Scheme, list[
         return scheme, [note]
     if settings is None:
         return Scheme(16, 16), []
-    found = _stated_bits(settings)
+    found = stated_bits(settings)
     by = f"quantized by {settings.get('quant_method', 'an unnamed method')}, as its folder says"
     if found is None:
         return Scheme(16, 16), [f"{by}; its bits are not stated in a way that qbench reads"]
     return found, [by]
 
 
-def _stated_bits(settings: dict[str, Any]) -> Scheme | None:
+def stated_bits(settings: dict[str, Any]) -> Scheme | None:
     """The scheme in a `quantization_config` of GPTQ, AWQ, bitsandbytes or compressed-tensors."""
     groups = settings.get("config_groups")
     if isinstance(groups, dict) and groups:

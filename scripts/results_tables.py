@@ -1,28 +1,25 @@
 """Print the tables of docs/results.md from result folders, so that no figure there is typed by hand.
 
     python scripts/results_tables.py RESULTS
+    python scripts/results_tables.py RESULTS METHOD     # one method's table, as in docs/methods/METHOD.md
 
 RESULTS holds one folder per run of the two experiment files: methods-MODEL, parity-legal-MODEL and
 parity-published-MODEL for each reference model. Repeated parity runs have a suffix (parity-legal-MODEL-2) and are
 averaged; cells that were run with the auxiliary loss as well lie in parity-aug-…. The authors' figures are
-experiments/reference-authors.csv. tasks-MODEL holds the run of experiments/zero-shot.yaml, agree-MODEL-DTYPE.jsonl what
-scripts/lm_eval_agreement.py printed.
+experiments/reference-authors.csv.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from qbench.reports.columns import COST, GUESSED, columns, legend
 from qbench.reports.comparison import compare
-from qbench.reports.export import escape_markdown, markdown_table
 from qbench.reports.stats import paired_difference
 from qbench.results import Result, ResultStore
 
@@ -42,19 +39,12 @@ METRIC = "wikitext2/perplexity"
 GPTQ, NEAREST = "gptq", "rtn"
 ERROR, ERROR_NEAREST = "output_error.", "output_error_nearest."  # what gptq's rows hold of every linear
 TOLERANCE = 1.01
-NORMED = ("arc_challenge", "hellaswag")  # tasks that the papers report acc_norm of
 AUTHORS = Path(__file__).parent.parent / "experiments" / "reference-authors.csv"
 
 
 def rank(method: str) -> int:
     """Place in a table: the baseline, the published order, the others."""
     return (*ORDER, *OTHERS).index(method) if method in ORDER + OTHERS else -1
-
-
-def ordered(folder: Path) -> list[Result]:
-    """A folder's rows, scheme by scheme in the order of the methods."""
-    rows = ResultStore(folder).load_all()
-    return sorted(rows, key=lambda row: (SCHEMES.index(row.scheme), rank(row.method)))
 
 
 def perplexity(rows: Sequence[Result], method: str, scheme: str) -> float | None:
@@ -70,6 +60,8 @@ def order_report(rows: Sequence[Result]) -> list[str]:
     sentences = []
     for scheme in dict.fromkeys(row.scheme for row in rows if not row.is_baseline):
         values = {method: perplexity(rows, method, scheme) for method in ORDER}
+        if len(values) - list(values.values()).count(None) < 2:
+            continue
         breaks = [
             f"{worse} {values[worse]:.2f} < {better} {values[better]:.2f}"
             for worse, better in pairwise(ORDER)
@@ -92,6 +84,38 @@ def weight_errors(row: Result) -> dict[str, float]:
         for key, error in block.extras.items()
         if (role := key.removeprefix(ERROR)) != key and block.extras[ERROR_NEAREST + role] > 0
     }
+
+
+def quotient(row: Result, other: Result) -> tuple[float, float, bool]:
+    """One row's perplexity over another's, half of its paired 95% interval, and whether that holds 1."""
+    gap = paired_difference(row.metrics[METRIC].items or [], other.metrics[METRIC].items or [])
+    assert gap is not None
+    ratio = math.exp(gap.mean)
+    return ratio, ratio * gap.half_width, gap.low <= 0 <= gap.high
+
+
+def method_table(models: Mapping[str, Sequence[Result]], method: str) -> list[str]:
+    """Perplexity of a method, and with another rounding behind it, on each model; the quotient to full precision."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for model, rows in models.items():
+        baseline = next(row for row in rows if row.is_baseline)
+        for row in rows:
+            if method == row.method.partition("+")[0]:
+                ratio, half, _ = quotient(row, baseline)
+                cell = f"{row.metrics[METRIC].value:.2f} | {ratio:.3f} ±{half:.3f}"
+                found.setdefault((row.method, row.scheme_label), {})[model] = cell
+    plain = [*SCHEMES, *(scheme.replace("W2", "W2*") for scheme in SCHEMES)]
+    order = sorted(found, key=lambda key: (rank(key[0]), plain.index(key[1])))
+    return [
+        f"| | scheme | {' | '.join(f'{model} | ÷ FP' for model in models)} |",
+        f"|:--|:--|{'--:|--:|' * len(models)}",
+        *(
+            f"| {name} | {scheme.replace('*', chr(92) + '*')} | "
+            + " | ".join(found[name, scheme].get(model, "— | —") for model in models)
+            + " |"
+            for name, scheme in order
+        ),
+    ]
 
 
 def rounding_table(rows: Sequence[Result]) -> list[str]:
@@ -127,14 +151,10 @@ def rounding_table(rows: Sequence[Result]) -> list[str]:
         if other is None or other.contract != row.contract:
             cells += ["—", f"{own.value:.2f}", "—"]
         else:
-            beside = other.metrics[METRIC]
             beside_each += 1
-            gap = paired_difference(own.items or [], beside.items or [])
-            assert gap is not None
-            ratio, half = math.exp(gap.mean), math.exp(gap.mean) * gap.half_width
-            tied = gap.low <= 0 <= gap.high
+            ratio, half, tied = quotient(row, other)
             cells += [
-                f"{beside.value:.2f}",
+                f"{other.metrics[METRIC].value:.2f}",
                 f"{own.value:.2f}",
                 f"{ratio:.3f} ±{half:.3f}{' ≈' if tied else ''}",
             ]
@@ -150,6 +170,22 @@ def rounding_table(rows: Sequence[Result]) -> list[str]:
             + (f"; not at {', '.join(worse)}." if worse else "."),
         ]
     return lines if linears else []
+
+
+def star_report(rows: Sequence[Result]) -> list[str]:
+    """One line per scheme on which a method was run with the fifth level and without: what it is worth."""
+    lines = []
+    for row in rows:
+        if row.scheme_label == row.scheme:
+            continue
+        for other in rows:
+            if (other.method, other.scheme_label, other.contract) == (row.method, row.scheme, row.contract):
+                ratio, half, tied = quotient(row, other)
+                lines.append(
+                    f"* {row.method} {row.scheme_label} {row.metrics[METRIC].value:.2f} against "
+                    f"{row.scheme} {other.metrics[METRIC].value:.2f}: ÷ {ratio:.3f} ±{half:.3f}{' ≈' if tied else ''}"
+                )
+    return lines
 
 
 def repeats(folder: Path, name: str, method: str, scheme: str) -> list[float]:
@@ -190,75 +226,29 @@ def parity_table(folder: Path) -> list[str]:
     return lines
 
 
-def zero_shot(rows: Sequence[Result]) -> list[str]:
-    """A table of accuracies, one of text and fidelity, and what both say."""
-    keys = list(rows[0].metrics)
-    tasks = [key for key in keys if key.endswith("/acc") or key in {f"{name}/acc_norm" for name in NORMED}]
-    text = ["perplexity", "word_perplexity", "kl_mean", "top1_agreement"]
-    pieces = [narrow_table(rows, tasks), narrow_table(rows, [f"wikitext2/{name}" for name in text])]
-    (full,) = [row for row in compare(rows).tables[0].blocks[0].rows if row.is_reference]
-    found = {key.removesuffix("/acc"): full.scores[key].above_chance for key in tasks if key.endswith("/acc")}
-    above, below = ([task for task, high in found.items() if bool(high) == side] for side in (True, False))
-    items = sum(rows[0].metrics[key].n for key in tasks if key.endswith("/acc"))
-    seconds = [row.cost.stages["evaluate"] for row in rows]
-    pieces.append(
-        f"{items:,} questions. Full precision is above guessing at {', '.join(above) or 'none'}; not at "
-        f"{', '.join(below) or 'none'}. Measuring a row took {min(seconds):.0f} to {max(seconds):.0f} s."
-    )
-    return pieces
-
-
-def narrow_table(rows: Sequence[Result], keys: Sequence[str]) -> str:
-    """Some metrics of some rows as Markdown, without costs and without notes, and the marks' meaning."""
-    kept = [
-        row.model_copy(
-            update={
-                "metrics": {key: row.metrics[key] for key in keys if key in row.metrics},
-                "notes": [],
-                "transforms": [],
-            }
-        )
-        for row in rows
-    ]
-    comparison = compare(kept)
-    (table,) = comparison.tables
-    shown = columns(table, comparison, table.metrics, {*COST, "recovery"})
-    marks = [line for line in legend(comparison, best="bold:") if line.startswith(("bold", "±", GUESSED))]
-    return markdown_table(shown) + "\n\n" + "  \n".join(escape_markdown(line) for line in marks) + "\n"
-
-
-def agreement(path: Path) -> str:
-    """One line of what scripts/lm_eval_agreement.py found."""
-    tasks = [json.loads(line) for line in path.read_text().splitlines()]
-    name = path.stem.removeprefix("agree-")
-    differing = [item for task in tasks for item in task["differing"]]
-    same = all(task["same_items"] and task["same_scores"] for task in tasks)
-    return (
-        f"* {name}: {sum(task['items'] for task in tasks):,} questions of {len(tasks)} tasks, "
-        + ("every outcome, score and standard error equal" if same else f"different: {json.dumps(differing)}")
-        + f"; lm-eval {sum(task['lm_eval_s'] for task in tasks):.0f} s, "
-        f"qbench {sum(task['qbench_s'] for task in tasks):.0f} s"
-    )
-
-
 def main() -> None:
-    """Print everything."""
+    """Print everything, or one method's table."""
     folder = Path(sys.argv[1])
-    for path in sorted(folder.glob("methods-*")):
-        rows = ordered(path)
-        print(f"## {path.name.removeprefix('methods-')}\n")
+    models = {
+        path.name.removeprefix("methods-"): sorted(
+            ResultStore(path).load_all(), key=lambda row: (SCHEMES.index(row.scheme), rank(row.method))
+        )
+        for path in sorted(folder.glob("methods-*"))
+    }
+    if len(sys.argv) > 2:
+        print("\n".join(method_table(models, sys.argv[2])))
+        return
+    for model, rows in models.items():
+        print(f"## {model}\n")
         print(compare(rows).render("markdown"))
         print("\nPublished order RTN ≥ SmoothQuant ≥ OmniQuant ≥ AffineQuant in perplexity:\n")
         print("\n".join(order_report(rows)), "\n")
+        if lines := star_report(rows):
+            print("The fifth level (W2*) against four:\n")
+            print("\n".join(lines).replace("*A", "\\*A"), "\n")
         if table := rounding_table(rows):
             print("GPTQ against rounding to nearest under the same transform, linear by linear:\n")
             print("\n".join(table), "\n")
-    for path in sorted(folder.glob("tasks-*")):
-        print(f"## Zero-shot: {path.name.removeprefix('tasks-')}\n")
-        print("\n".join(zero_shot(ordered(path))), "\n")
-    if agreements := sorted(folder.glob("agree-*.jsonl")):
-        print("## Agreement with lm-eval\n")
-        print("\n".join(map(agreement, agreements)), "\n")
     print("## Against the authors' code\n")
     print("\n".join(parity_table(folder)))
 

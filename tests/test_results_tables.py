@@ -1,16 +1,15 @@
-"""The script behind docs/results.md: what it says of GPTQ beside rounding to nearest, and of zero-shot tasks."""
+"""The script behind docs/results.md: what it says of GPTQ beside rounding to nearest."""
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
+import re
 
 import pytest
 
-from qbench.results import BlockRecord, Cost
-from scripts.results_tables import agreement, rounding_table, weight_errors, zero_shot
-from tests.fake_results import accuracy, baseline, make_result, perplexity, window_losses
+from qbench.results import BlockRecord
+from scripts.results_tables import method_table, order_report, rounding_table, star_report, weight_errors
+from tests.fake_results import baseline, make_result, perplexity, window_losses
 
 ERRORS = {"q": (0.02, 0.04), "down": (0.09, 0.1)}  # GPTQ, nearest
 
@@ -68,37 +67,32 @@ def test_lost_linears_are_named_and_what_is_missing_is_missing() -> None:
     assert rounding_table([row("rtn", 0.1)]) == []
 
 
-def test_zero_shot_says_what_is_above_guessing_and_leaves_out_costs_and_notes() -> None:
-    def metrics(skill: float) -> dict:
-        chances = {"hellaswag": 0.25, "boolq": 0.5}  # boolq: far below guessing
-        found = {
-            f"{task}/{name}": accuracy(3, skill if task == "hellaswag" else 0.2, task)
-            for task, name in (("boolq", "acc"), ("boolq", "acc_norm"), ("hellaswag", "acc"), ("hellaswag", "acc_norm"))
-        }  # fmt: skip
-        known = {k: m.model_copy(update={"chance": chances[k.partition("/")[0]]}) for k, m in found.items()}
-        return {"wikitext2/perplexity": perplexity(window_losses(1)), **known}
-
-    cost = {"cost": Cost(seconds=1.0, stages={"evaluate": 41.0})}
-    rows = [
-        baseline(metrics=metrics(0.6), **cost),
-        make_result("rtn", metrics=metrics(0.4), notes=["so"], **cost),
-    ]
-    tasks, text, verdict = zero_shot(rows)
-    header, _, full, rtn = tasks.splitlines()[:4]
-    assert cells(header)[2:5] == ["boolq acc ↑", "hellaswag acc ↑", "hellaswag acc\\_norm ↑"]
-    assert cells(full)[2].endswith("°") and not cells(full)[3].endswith("°") and cells(rtn)[0] == "rtn"
-    assert "so" not in tasks.split() and "contract" not in tasks and "bits" not in tasks
-    assert cells(text.splitlines()[0])[2:] == ["wikitext2 ppl ↓", "÷ FP"]
-    assert verdict.startswith("800 questions. Full precision is above guessing at hellaswag; not at boolq.")
-    assert "41 to 41 s" in verdict
+def test_the_published_order_is_told_of_schemes_with_two_of_its_methods() -> None:
+    rows = [row("rtn", 0.1), row("smoothquant", 0.2), row("omniquant", 0.05)]
+    (told,) = order_report([*rows, make_result("rtn", "W4A4"), make_result("gptq", "W4A4")])
+    assert told.startswith("* W3A16: does not hold: rtn ") and told.count(";") == 0
 
 
-def test_agreement_is_one_line_and_shows_what_differs(tmp_path: Path) -> None:
-    task = {"task": "piqa", "items": 40, "same_items": True, "same_scores": True, "differing": [],
-            "lm_eval_s": 3.0, "qbench_s": 2.0}  # fmt: skip
-    path = tmp_path / "agree-model-float32.jsonl"
-    path.write_text("\n".join(json.dumps(t) for t in (task, task)))
-    assert agreement(path).startswith("* model-float32: 80 questions of 2 tasks, every outcome, score")
-    near = task | {"same_items": False, "differing": [["acc", 3, [-1.0, -1.0000001]]]}
-    path.write_text("\n".join(json.dumps(t) for t in (task, near)))
-    assert '["acc", 3, [-1.0, -1.0000001]]' in agreement(path)
+def test_a_methods_table_has_its_compositions_and_its_quotient_to_full_precision() -> None:
+    full = baseline(metrics={"wikitext2/perplexity": perplexity(window_losses(1, extra=0.0, rho=0.0))})
+    starred = row("abq", 0.3, options={"bit_balance": True})
+    llama = [full, row("gptq", 0.2), row("omniquant", 0.1), row("omniquant+gptq", 0.1), starred]
+    models = {"llama": llama, "opt": [full, row("omniquant", 0.4)]}
+    head, _, alone, composed = map(cells, method_table(models, "omniquant"))
+    assert head == ["", "scheme", "llama", "÷ FP", "opt", "÷ FP"]
+    assert (
+        alone[:2] == ["omniquant", "W3A16"] and composed[0] == "omniquant+gptq" and composed[4:] == ["—", "—"]
+    )
+    ratios = [float(text.split(" ±")[0]) for text in (alone[3], alone[5])]
+    assert ratios == pytest.approx([math.exp(0.1), math.exp(0.4)], rel=0.02)
+    assert [cells(line)[0] for line in method_table(models, "gptq")[2:]] == ["gptq"]
+
+
+def test_the_fifth_level_is_set_beside_four_of_the_same_method_and_contract() -> None:
+    def abq(extra: float, star: bool, **changes):
+        metrics = {"wikitext2/perplexity": perplexity(window_losses(1, extra=extra, rho=0.0))}
+        return make_result("abq", "W2A8", metrics=metrics, options={"bit_balance": star}, **changes)
+
+    (line,) = star_report([abq(0.3, False), abq(0.1, True), row("abq", 0.2), abq(0.4, False, contract="x")])
+    assert re.match(r"\* abq W2\*A8 [\d.]+ against W2A8 [\d.]+: ÷ 0.8\d\d ±0.0\d\d$", line)
+    assert star_report([abq(0.1, True)]) == []
