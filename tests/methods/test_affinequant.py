@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qbench.engine.lane import Lane
 from qbench.engine.plan import BlockPlan, BlockView, Needs
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane
 from qbench.methods.affinequant import AffineQuant
 from qbench.models.base import BlockSpec
 from qbench.scheme import Scheme
