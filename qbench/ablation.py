@@ -325,7 +325,8 @@ def analyse(
             for other in dict.fromkeys(against.values())
             if other != REFERENCE
         ),
-        "factorial": f"the mean of {len(runs)} runs, half with the change and half without",
+        "factorial": f"the method with its presets; an effect is the mean of the {len(runs) // 2} runs with the "
+        f"change minus that of the {len(runs) // 2} without",
     }[design]
     return Ablation(
         method, scheme, design, metric, base,
