@@ -8,9 +8,12 @@ command continues it.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +27,7 @@ from qbench.deploy.backends import BACKENDS, gate
 from qbench.deploy.backends.humming import int8_probe
 from qbench.deploy.backends.layer import Backend, KernelLayer, Request, build
 from qbench.deploy.packed import finished, pack, rounded
-from qbench.errors import ConfigError, UnsupportedSchemeError
+from qbench.errors import ConfigError, QbenchError, UnsupportedSchemeError
 from qbench.evals.latency import (
     Call,
     Generation,
@@ -45,9 +48,15 @@ from qbench.quant.grid import Grid, check_group_size
 from qbench.quant.uniform import QuantizedWeight
 from qbench.scheme import Scheme
 
+
+class DeviceLostError(QbenchError):
+    """Nothing can run in this process any more: begin another one."""
+
+
 # A norm's matrix is sampled near the identity, so that inputs keep their size.
 MATRIX_NOISE = 0.01
 SEED = 0
+BROKEN_ROUND = "in this round"  # begins the message of cells of which nobody knows which one failed
 
 
 @dataclass(frozen=True)
@@ -174,12 +183,46 @@ def measure(
                     ]  # fmt: skip
             if refused:
                 yield refused
+            _survives(device)
+            _warm(candidates, [tokens for tokens in work.batches if left[tokens]])
             for tokens in work.batches:
                 chosen = [c for c in candidates if (c.scheme, c.matrix) in left[tokens]]
                 if chosen and not (deadline is not None and time.monotonic() > deadline):
                     yield _round(name, shape, tokens, chosen, device, protocol, cache, generator)
+                    _survives(device)
             del candidates
             _release(device)
+
+
+def _warm(candidates: Sequence[_Candidate], batches: Sequence[int]) -> None:
+    """Compile the kernels of all rows side by side; what cannot be compiled says so when its row is gated."""
+    layers = {id(c.layers[0]): c.layers[0] for c in candidates}.values()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for made in [pool.submit(layer.warm, tokens) for layer, tokens in itertools.product(layers, batches)]:
+            made.exception()
+
+
+def _survives(device: str) -> None:
+    """Stop where a kernel has broken the process's CUDA context: from then on every call fails, whoever made it.
+
+    Raises:
+        DeviceLostError: Then; cells that were handed over stay, and the same command continues behind them.
+    """
+    if (reason := _broken(device)) is not None:
+        raise DeviceLostError(
+            f"A kernel broke this process's CUDA context ({reason}). Give the same command again: it continues behind "
+            "the cell that failed."
+        )
+
+
+def _broken(device: str) -> str | None:
+    if device != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return _sentence(error)
+    return None
 
 
 def random_weight(
@@ -258,11 +301,12 @@ def _round(
         calls = [partial(functional.linear, inputs[dtype], weight) for weight in dense]
         try:
             passes[("baseline", dtype)] = repeatable(calls, device, protocol)
-        except TooSlowError as error:
-            return [
-                _cell(name, shape, tokens, c, status="slow", message=f"the unquantized layer: {error}")
-                for c in candidates
-            ]
+        except Exception as error:  # see _pack
+            outcome = {
+                "status": "slow" if isinstance(error, TooSlowError) else "failed",
+                "message": f"the unquantized layer: {_sentence(error)}",
+            }
+            return [_cell(name, shape, tokens, c, **outcome) for c in candidates]
     for i, candidate in enumerate(candidates):
         x = inputs[candidate.dtype]
         found = candidate.found = {}
@@ -281,10 +325,16 @@ def _round(
             failed[i] = {"status": "slow", "message": str(error)}
         except Exception as error:  # see _pack
             failed[i] = {"status": "failed", "message": _sentence(error)}
+            if _broken(device) is not None:  # the others did not fail: they get another process
+                return [_cell(name, shape, tokens, candidate, **failed[i])]
     passes = {key: value for key, value in passes.items() if key[0] == "baseline" or key[1] not in failed}
     timings: dict[tuple, Timing] = {}
     if any(key[0] == "layer" for key in passes):
-        timings = interleaved(passes)  # type: ignore[arg-type,assignment]
+        try:
+            timings = interleaved(passes)  # type: ignore[arg-type,assignment]
+        except Exception as error:  # see _pack
+            reason = {"status": "failed", "message": f"{BROKEN_ROUND}: {_sentence(error)}"}
+            failed = {i: failed.get(i, reason) for i in range(len(candidates))}
     cells = []
     for i, candidate in enumerate(candidates):
         outcome = failed.get(i) or {

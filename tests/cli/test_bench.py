@@ -90,6 +90,35 @@ def test_a_failing_kernel_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
     assert status == {("W8A16", "failed"), ("W4A4", "timed")}
 
 
+def test_a_kernel_that_breaks_the_process_loses_no_other_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qbench import bench
+    from qbench.deploy.backends.native import Int8Layer
+
+    broken = []
+
+    def fail(self: object, x: object) -> None:
+        broken.append(True)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    product = Int8Layer.product
+    monkeypatch.setattr(bench, "_broken", lambda device: "AcceleratorError: illegal" if broken else None)
+    monkeypatch.setattr(Int8Layer, "product", fail)
+    path = tmp_path / "bench.json"
+    request = [*SHORT, "--scheme", "W8A16", "--scheme", "W4A4", "--tokens", "2", "-o", str(path)]
+    assert "continues behind the cell that failed" in invoke(*request, code=1)
+    assert [(c.scheme, c.status) for c in Report.model_validate_json(path.read_text()).cells] == [
+        ("W8A16", "failed")
+    ]
+    broken.clear()  # another process
+    monkeypatch.setattr(Int8Layer, "product", product)
+    invoke(*request)
+    cells = Report.model_validate_json(path.read_text()).cells
+    assert sum(cell.status == "failed" for cell in cells) == 1
+    assert sum((cell.scheme, cell.status) == ("W4A4", "timed") for cell in cells) == len(cells) / 2
+
+
 def test_time_limit_keeps_what_there_is(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     text = invoke(*SHORT, "--scheme", "W8A16", "--tokens", "2", "-o", str(path), "--max-minutes", "0.0000001")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-import qbench.engine.reconstruct as engine
+from qbench.engine.stream import Stream
 from qbench.errors import UnsupportedSchemeError
 from qbench.methods.gptq import GPTQ
 from qbench.quant.gptq import quantize_columns
 from qbench.quant.grid import Grid
 from qbench.scheme import Scheme
 from tests.blocks import blocks_of
-from tests.tiny_runs import differences, make_lane, reconstruct_lanes, spec_of
+from tests.engine.test_calibrated_rounding import direct_moments
+from tests.tiny_runs import differences, make_lane, naive_dequantize, reconstruct_lanes, spec_of
 
 
 def quantized(model, ids, scheme="W3A16", **options):
@@ -25,13 +26,13 @@ def test_each_linear_is_rounded_with_the_moment_of_its_input(
     build_tiny, tokens, monkeypatch, family, options
 ) -> None:
     moments = []
-    gather = engine._Stream.second_moment
+    gather = Stream.second_moment
 
     def spy(*args):
         moments.append(gather(*args))
         return moments[-1].clone()
 
-    monkeypatch.setattr(engine._Stream, "second_moment", spy)
+    monkeypatch.setattr(Stream, "second_moment", spy)
     model = build_tiny(family)
     state = quantized(model, tokens, "W3A16g16", **options).state(0)
     spec, block = spec_of(model), blocks_of(model)[0]
@@ -63,8 +64,73 @@ def test_every_linears_output_error_is_below_that_of_rounding_to_nearest(
     assert result.records[-1].accumulated_error < rtn.records[-1].accumulated_error
 
 
+def nearest(weight: torch.Tensor, clipping: tuple | None, scheme: Scheme) -> torch.Tensor:
+    """Each group's weights at their nearest level over its own or its clipped range, group by group, in float64."""
+    size, rounded = scheme.group_size or weight.shape[1], torch.empty_like(weight)
+    for g in range(weight.shape[1] // size):
+        w = weight[:, g * size : (g + 1) * size]
+        low, high = w.min(1).values.clamp(max=0), w.max(1).values.clamp(min=0)
+        if clipping is not None:
+            upper, lower = (1 / (1 + (-logits[:, g].double()).exp()) for logits in clipping)
+            low, high = low * lower, high * upper
+        scale = ((high - low) / (2**scheme.wbits - 1)).half().double()
+        zero = (-low / scale).round()
+        codes = ((w / scale[:, None]).round() + zero[:, None]).clamp(0, 2**scheme.wbits - 1)
+        rounded[:, g * size : (g + 1) * size] = (codes - zero[:, None]) * scale[:, None]
+    return rounded
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "scheme", "options"),
+    [
+        ("llama", "gptq", "W3A16g16", {}),
+        ("llama", "smoothquant+gptq", "W3A8", {}),
+        ("opt", "awq+gptq", "W3A16g16", {"search_tokens": 64}),
+        ("opt", "omniquant+gptq", "W2A16g16", {"epochs": 2}),
+        ("llama", "affinequant+gptq", "W4A4", {"epochs": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_recorded_errors_of_both_roundings_are_those_of_a_float64_computation(
+    build_tiny, tokens, monkeypatch, family, method, scheme, options
+) -> None:
+    """Under the same transform and clipping, on inputs of the quantized path, without engine or quantizer."""
+    folded, own = [], GPTQ._round
+
+    def spy(self, weight, *args):
+        folded.append(weight.double())
+        return own(self, weight, *args)
+
+    monkeypatch.setattr(GPTQ, "_round", spy)
+    model = build_tiny(family)
+    (result,) = reconstruct_lanes(model, tokens, [make_lane(model, method, scheme, **options)])
+    spec, parsed = spec_of(model), Scheme.parse(scheme)
+    for index, record in enumerate(result.records):
+        state = result.state(index)
+        weights = {role: folded.pop(0) for roles in spec.shared_inputs for role in roles}
+        moments = direct_moments(model, tokens, result, index, {r: w.float() for r, w in weights.items()}, ())
+        for role, weight in weights.items():
+            logits = [state.learned.get(f"clipping.{end}.{role}") for end in ("upper", "lower")]
+            clipping = None if logits[0] is None else tuple(logits)
+            assert (clipping is not None) == (method.split("+")[0] in ("awq", "omniquant", "affinequant"))
+
+            def error(change: torch.Tensor, moment: torch.Tensor = moments[role]) -> float:
+                return sum(float(row @ moment @ row) for row in change)
+
+            for name, rounded in (
+                ("output_error", naive_dequantize(state.linears[role]).double()),
+                ("output_error_nearest", nearest(weight, clipping, parsed)),
+            ):
+                expected = error(weight - rounded) / error(weight)
+                assert record.extras[f"{name}.{role}"] == pytest.approx(expected, rel=2e-3), (
+                    index,
+                    name,
+                    role,
+                )
+
+
 def test_raised_damping_and_lost_races_are_notes_of_the_row(tiny_llama, tokens, monkeypatch) -> None:
-    gather = engine._Stream.second_moment
+    gather = Stream.second_moment
 
     def spoiled(self, block, role, inputs):
         moment = gather(self, block, role, inputs)
@@ -73,7 +139,7 @@ def test_raised_damping_and_lost_races_are_notes_of_the_row(tiny_llama, tokens, 
         lowest = torch.linalg.eigvalsh(moment.double())[0]
         return moment - float(lowest + 0.05 * moment.diagonal().mean()) * torch.eye(len(moment))
 
-    monkeypatch.setattr(engine._Stream, "second_moment", spoiled)
+    monkeypatch.setattr(Stream, "second_moment", spoiled)
     notes = quantized(tiny_llama, tokens).notes
     assert "block 0 o: gptq raised its damping to 0.08, the Hessian was not positive definite" in notes
     assert all(" o: " in note for note in notes)

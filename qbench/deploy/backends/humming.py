@@ -2,14 +2,17 @@
 
 https://pypi.org/project/humming-kernels/ (Apache-2.0, maintained with vLLM), made for 0.1.19. Weights with 16-bit
 inputs are dequantized inside the kernel; with quantized inputs they are unpacked to int8 for an int8 product. Inputs
-are then quantized per token, symmetrically: at 8 bits by humming's own kernel, below by torch operations. The first
-call of a new shape compiles for seconds: warm up before timing.
+are then quantized per token, symmetrically: at 8 bits by humming's own kernel, below by torch operations.
+
+Left alone, humming compiles a layer's kernels for all numbers of tokens, up to 33 of them, at its first call. Here it
+is asked only for the one that it chooses for the tokens at hand; `warm` lets several be compiled side by side.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +57,7 @@ class HummingLayer(KernelLayer):
             tensors["zero_point"] = zero.t().contiguous()
         self.kernel.load_from_tensors(tensors)
         self.kernel.transform()
+        self.choices: dict[int, str] = {}
         self.arithmetic = (
             f"{str(request.dtype).removeprefix('torch.')} product, weights dequantized in the kernel"
             if request.abits >= 16
@@ -71,7 +75,19 @@ class HummingLayer(KernelLayer):
 
     def product(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """See `KernelLayer`."""
-        return self.kernel(x, input_scale=scale)
+        return self.kernel(x, input_scale=scale, tuning_config=self._choice(len(x)))
+
+    def warm(self, tokens: int) -> None:
+        """Compile the kernel for so many tokens; may run in several threads."""
+        kernels: Any = importlib.import_module("humming.kernel.humming").HummingKernel
+        kernels.prepare_kernels(self.kernel.humming_config.to_str(), None, self._choice(tokens))
+
+    def _choice(self, tokens: int) -> str:
+        """What humming's own heuristics choose for so many tokens, as it reads it."""
+        if tokens not in self.choices:
+            choose: Any = importlib.import_module("humming.tune").get_heuristics_config
+            self.choices[tokens] = json.dumps(choose(self.kernel.humming_config, shape_m=tokens))
+        return self.choices[tokens]
 
     def seen(self, x: Tensor) -> Tensor:
         """The codes that humming's own quantization is documented to give, not those it gave."""

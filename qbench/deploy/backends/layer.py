@@ -92,6 +92,9 @@ class KernelLayer(nn.Module):
             y = y + self.bias
         return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
+    def warm(self, tokens: int) -> None:
+        """Compile what a call with so many tokens needs; nothing where kernels come compiled. May run in a thread."""
+
     @property
     def packed_bytes(self) -> int:
         """Bytes of every buffer and parameter after packing, the bias apart; views of one storage count once."""

@@ -6,6 +6,7 @@ bit, and multiply in float64.
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 
@@ -44,7 +45,7 @@ class HummingStandIn(nn.Module):
     def __init__(self, shape_n, shape_k, weight_config, input_config, torch_dtype):
         super().__init__()
         self.shape, self.config, self.dtype = (shape_n, shape_k), weight_config, torch_dtype
-        self.humming_config = "configuration"
+        self.humming_config = types.SimpleNamespace(to_str=lambda: "configuration")
         self.int8_input = input_config == {"dtype": "int8"}
 
     def cuda(self):
@@ -71,7 +72,8 @@ class HummingStandIn(nn.Module):
     def transform(self):
         assert self.values is not None
 
-    def forward(self, x, input_scale=None):
+    def forward(self, x, input_scale=None, tuning_config=None):
+        assert json.loads(tuning_config) == {"block_shape": [len(x), 64]}
         assert (
             (x.dtype == torch.int8 and input_scale.shape == (len(x), 1))
             if self.int8_input
@@ -82,27 +84,40 @@ class HummingStandIn(nn.Module):
 
 
 @pytest.fixture
-def humming(monkeypatch: pytest.MonkeyPatch) -> None:
+def humming(monkeypatch: pytest.MonkeyPatch) -> list:
+    compiled: list = []
+
+    class Kernel:
+        @staticmethod
+        def prepare_kernels(layer_config, compute_config, tuning_config):
+            compiled.append((layer_config, compute_config, tuning_config))
+
+    def choose(config, shape_m):
+        assert config.to_str() == "configuration"
+        return {"block_shape": (shape_m, 64)}
+
     def quantize(config, x):
-        assert config == "configuration"
+        assert config.to_str() == "configuration"
         scale = x.float().abs().amax(-1, keepdim=True) / 127
         return (x.float() / scale).round().to(torch.int8), scale
 
     modules = {
         "humming": {}, "humming.layer": {"HummingLayer": HummingStandIn}, "humming.ops": {"pack_weight": pack_words},
-        "humming.forward": {"may_quant_input": quantize},
+        "humming.forward": {"may_quant_input": quantize}, "humming.tune": {"get_heuristics_config": choose},
+        "humming.kernel": {}, "humming.kernel.humming": {"HummingKernel": Kernel},
     }  # fmt: skip
     for name, content in modules.items():
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    return compiled
 
 
 @pytest.mark.parametrize(
     "text", ["W4A16g32", "W3A16g64", "W2A16g32-sym", "W8A16", "W8A8-sym", "W4A8", "W2A8", "W6A6", "W4A4-sym"]
 )
-def test_humming_is_given_what_it_reads(humming: None, text: str) -> None:
+def test_humming_is_given_what_it_reads(humming: list, text: str) -> None:
     scheme = Scheme.parse(text)
     w = weight(scheme, out=64)
     request = Request(64, 128, w.grid, scheme.abits, "cuda", torch.float16)
@@ -117,6 +132,14 @@ def test_humming_is_given_what_it_reads(humming: None, text: str) -> None:
         assert "int8" in layer.arithmetic
     if text == "W4A4-sym":
         assert "no INT4 tensor core" in layer.arithmetic
+
+
+def test_humming_compiles_the_kernel_of_the_tokens_at_hand(humming: list) -> None:
+    w = weight(Scheme.parse("W4A16g32"), out=64)
+    layer = BACKENDS.load("humming")().pack(w, Request(64, 128, w.grid, 16, "cuda", torch.float16), None)
+    layer.warm(5)
+    assert humming == [("configuration", None, '{"block_shape": [5, 64]}')]
+    layer(torch.randn(3, 128).half())  # the stand-in refuses another number of tokens than its kernel's
 
 
 def test_gemlite_is_given_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:

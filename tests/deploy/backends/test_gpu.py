@@ -34,6 +34,7 @@ def test_kernel_computes_the_exact_product(name: str, text: str, tokens: int) ->
         pytest.skip(reason)
     weight = random_weight(SHAPE, scheme, "cuda", torch.Generator("cuda").manual_seed(0))
     layer = build(backend, weight, scheme.abits)
+    layer.warm(tokens)
     x = torch.randn(tokens, SHAPE[1], device="cuda").to(layer.request.dtype)
     result = gate.check(layer, weight, x)
     assert result.passed, str(result)
