@@ -138,7 +138,7 @@ def test_a_task_that_no_row_does_better_than_guessing_says_so() -> None:
         assert row.scores["average/acc"].chance == 0.25 and row.scores["average/acc"].above_chance
     text = comparison.render("table", 120)
     assert len(re.findall(r"0\.2\d\d ±0\.0\d\d°", text)) == 2 and text.count("°") == 3
-    assert "° not shown to be above guessing" in text
+    assert "° not shown to be above what guessing gives: arc 0.25\n" in text
     assert "°" not in compare(make_run(tasks=7)).render("table", 200)  # no chance is known
     assert "^\\circ" in comparison.render("latex")
 
@@ -179,6 +179,17 @@ def test_protocol_contract_and_notes_stand_below() -> None:
     assert "contract 3f9a1c77" in text
     assert "[1] attention logits overflow float16" in text
     assert text.count("attention logits overflow") == 1
+
+
+def test_metrics_of_one_protocol_share_a_line() -> None:
+    def metrics(protocol: str) -> dict[str, Metric]:
+        return {f"piqa/{name}": accuracy(3, 0.5, protocol) for name in ("acc", "acc_norm")}
+
+    text = compare([baseline(metrics=metrics("piqa (0-shot)"))]).render("table", 120)
+    assert [line for line in lines(text) if "0-shot" in line] == ["piqa acc, acc_norm: piqa (0-shot), n=400"]
+    apart = metrics("piqa (0-shot)") | {"piqa/acc": accuracy(3, 0.5, "piqa (5-shot)")}
+    text = compare([baseline(metrics=apart)]).render("table", 120)
+    assert len([line for line in lines(text) if "-shot" in line]) == 2
 
 
 def test_missing_is_a_dash_and_an_all_missing_column_is_not_printed() -> None:
