@@ -5,6 +5,7 @@ Most of it runs the worker's own function in this process; two tests start and k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -306,26 +308,35 @@ def test_the_same_sweep_under_ray(here) -> None:
 
     killed: list[int] = []
 
+    def computes(process: psutil.Process, lane: str) -> bool:
+        """Whether it holds the lock of the lane's checkpoint."""
+        with contextlib.suppress(psutil.Error):
+            held = [Path(file.path) for file in process.open_files()]
+            return any(path.name == "lock" and path.parent.name.startswith(lane) for path in held)
+        return False
+
     class Killing(Watching):
         """One worker is killed in the middle of a cell: Ray replaces it."""
 
         def said(self, job: Job, event: Event) -> None:
             super().said(job, event)
             if event["event"] == "block_end" and event["lane"] == "omniquant W4A4" and not killed:
-                import psutil
-
-                pids = [
-                    p.pid
-                    for p in psutil.Process().children(recursive=True)
-                    if "ray::_work" in " ".join(p.cmdline())
-                ]
-                killed.extend(pids)
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
+                everyone = psutil.Process().children(recursive=True)
+                (worker,) = [p for p in everyone if computes(p, "omniquant-W4A4-")]
+                killed.append(worker.pid)
+                worker.kill()
 
     watching = Killing()
     outcome = sweep(cells_of(here), RayExecutor(ExecutorConfig(kind="ray", workers=2)), watching)
     assert killed and outcome.failures == {} and len(outcome.rows) == 6
+    started = [
+        (event["index"], event["resumed"])
+        for _, event in watching.events
+        if event["event"] == "block_start" and event["lane"] == "omniquant W4A4"
+    ]
+    assert (
+        started[0] == (0, False) and (0, True) in started and started[-1][0] == 1
+    )  # taken up, not begun anew
     sweep(cells_of(here, here.folder / "local"), Here(), Watching())
     assert stored(here.output) == stored(here.folder / "local")
 
