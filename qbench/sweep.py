@@ -114,8 +114,12 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def make_executor(config: ExecutorConfig) -> Executor:
+def make_executor(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
     """The executor that a sweep asks for.
+
+    Args:
+        config: Which, and how many workers.
+        cells: What it will compute: cells that are all for the CPU get one worker, however many GPUs there are.
 
     Raises:
         ConfigError: If Ray is asked for and not installed.
@@ -124,7 +128,7 @@ def make_executor(config: ExecutorConfig) -> Executor:
         from qbench.ray_executor import RayExecutor
 
         return RayExecutor(config)
-    devices = visible_gpus()
+    devices = [] if all(cell.config.compute.device == "cpu" for cell in cells) else visible_gpus()
     slots = config.workers or max(1, len(devices))
     pinned = [devices[i % len(devices)] for i in range(slots)] if len(devices) > 1 else []
     return LocalExecutor(slots, pinned)

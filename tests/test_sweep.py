@@ -244,7 +244,16 @@ def test_a_correct_sweep_passes_the_check_without_reading_a_weight(here, monkeyp
 def test_ray_is_asked_for_and_not_there(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"Install qbench\[ray\], or use --executor local"):
-        sweeps.make_executor(ExecutorConfig(kind="ray"))
+        sweeps.make_executor(ExecutorConfig(kind="ray"), [])
+
+
+@pytest.mark.parametrize(("device", "slots"), [("cpu", 1), ("auto", 3)])
+def test_there_is_a_worker_per_gpu_unless_all_cells_are_for_the_cpu(here, monkeypatch, device, slots) -> None:
+    monkeypatch.setattr(sweeps, "visible_gpus", lambda: ["0", "2", "5"])
+    cells = cells_of(here, compute={"device": device})
+    executor = sweeps.make_executor(ExecutorConfig(), cells)
+    assert executor.slots == slots
+    executor.close()
 
 
 # ---------------------------------------------------------------------------------- real processes
@@ -348,7 +357,7 @@ def test_the_same_sweep_under_ray(here) -> None:
 def in_process(monkeypatch) -> list[Here]:
     """`qbench sweep` computes in this process."""
     made: list[Here] = []
-    monkeypatch.setattr(sweeps, "make_executor", lambda config: made.append(Here()) or made[-1])
+    monkeypatch.setattr(sweeps, "make_executor", lambda config, cells: made.append(Here()) or made[-1])
     return made
 
 

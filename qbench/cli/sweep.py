@@ -22,7 +22,7 @@ def _sweep(**given: Any) -> None:
 
     click.echo(f"{len(cells)} cells, checked before anything is computed …", err=True)
     sweeps.check(cells)
-    executor = sweeps.make_executor(config.executor)
+    executor = sweeps.make_executor(config.executor, cells)
     from qbench.cli.compare import show
     from qbench.cli.sweep_view import watching
     from qbench.reports.comparison import compare
