@@ -67,7 +67,8 @@ def dequantized(folder: Path, bits: int) -> dict[str, Tensor]:
 
 def ours(loaded: Any, ids: Tensor, a: argparse.Namespace, method: str) -> Any:
     """qbench's lane."""
-    from qbench.engine.reconstruct import Lane, reconstruct
+    from qbench.engine.lane import Lane
+    from qbench.engine.reconstruct import reconstruct
     from qbench.engine.settings import EngineSettings
     from qbench.methods import METHODS
     from qbench.scheme import Scheme

@@ -17,7 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qbench.engine import attention
-from qbench.engine.reconstruct import Lane, reconstruct
+from qbench.engine.lane import Lane
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.methods import METHODS
 from qbench.models.llama import LLAMA

@@ -1,6 +1,6 @@
 """How well `qbench plan` predicts: time and peak memory of a sweep's worker, predicted and then measured.
 
-    python benchmarks/plan.py SWEEP.yaml [further options of `qbench sweep`: --model, --calib-dataset, --eval, …]
+    python benchmarks/plan.py SWEEP.yaml [--json FILE] [further options of `qbench sweep`: --model, --eval, …]
 
 Wall time is that of the workers, from the start of each process to its end; peak memory is the largest that any record
 reports. Nothing else should run on the machine. Exit status 1 beyond 30% of time or 15% of memory.
@@ -8,6 +8,7 @@ reports. Nothing else should run on the machine. Exit status 1 beyond 30% of tim
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,7 +24,8 @@ TIME, MEMORY = 0.30, 0.15
 
 
 def qbench(*arguments: str) -> tuple[str, str]:
-    env = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    paths = [str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "qbench", *arguments], env=env, capture_output=True, text=True
     )
@@ -43,11 +45,26 @@ def seconds_of(text: str) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json")
+    options, given = parser.parse_known_args()
+    found: dict[str, object] = {"command": given}
+
+    def keep(**facts: object) -> None:
+        found.update(facts)
+        if options.json:
+            Path(options.json).write_text(json.dumps(found, indent=1))
+
     with tempfile.TemporaryDirectory(prefix="qbench-plan-") as name:
-        arguments = [*sys.argv[1:], "--output", str(Path(name, "out"))]
+        arguments = [*given, "--output", str(Path(name, "out"))]
         began = time.perf_counter()
-        predicted = json.loads(qbench("plan", *arguments, "--format", "json")[0])["total"]
+        plan = json.loads(qbench("plan", *arguments, "--format", "json")[0])
+        predicted = plan["total"]
         probing = time.perf_counter() - began
+        keep(plan=plan, probing_s=probing)
+        print(f"probing took {probing:.0f} s; predicted {predicted['seconds']:.0f} s", flush=True)
         _, log = qbench("sweep", *arguments)
         lines = [line for line in log.splitlines() if line.startswith("[")]
         # The first line is printed when the worker is started, the last when the last cell is settled.
@@ -55,16 +72,18 @@ def main() -> None:
         rows = ResultStore(Path(name, "out")).load_all()
         cpu = max(row.cost.peak_cpu_bytes or 0 for row in rows)
         gpu = max(row.cost.peak_gpu_bytes or 0 for row in rows)
+    stages = {f"{row.method} {row.scheme}": row.cost.stages for row in rows}
+    peaks = {f"{row.method} {row.scheme}": [row.cost.peak_cpu_bytes, row.cost.peak_gpu_bytes] for row in rows}
     errors = {
         "wall time": (predicted["seconds"], measured, TIME, "s"),
         "peak memory": (predicted["cpu_bytes"] / 2**20, cpu / 2**20, MEMORY, "MiB"),
     }
     if gpu:
         errors["peak GPU memory"] = (predicted["gpu_bytes"] / 2**20, gpu / 2**20, MEMORY, "MiB")
-    print(f"probing took {probing:.0f} s")
-    for what, (plan, real, _, unit) in errors.items():
-        print(f"{what}: predicted {plan:.0f} {unit}, measured {real:.0f} {unit}, {plan / real - 1:+.0%}")
-    sys.exit(any(abs(plan / real - 1) > limit for plan, real, limit, _ in errors.values()))
+    keep(log=lines, measured_stages=stages, measured_peaks=peaks, errors=errors)
+    for what, (plan_, real, _, unit) in errors.items():
+        print(f"{what}: predicted {plan_:.0f} {unit}, measured {real:.0f} {unit}, {plan_ / real - 1:+.0%}")
+    sys.exit(any(abs(plan_ / real - 1) > limit for plan_, real, limit, _ in errors.values()))
 
 
 if __name__ == "__main__":

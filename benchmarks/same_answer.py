@@ -23,7 +23,8 @@ from qbench.data.text import load_text
 from qbench.data.windows import draw_calibration, evaluation_windows
 from qbench.engine import attention
 from qbench.engine.install import on_device, quantized
-from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
+from qbench.engine.lane import Lane, LaneResult
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.evals.perplexity import perplexity
 from qbench.methods import METHODS

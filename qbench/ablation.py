@@ -4,13 +4,16 @@ The switches are read off the method's own option model, so a new method has an 
 yes/no option, every option with named choices, and every number whose field declares `alternatives`. Three designs:
 
 * leave-one-out: the method as its presets have it, then once per switch with that switch alone changed;
-* one-at-a-time: with every yes/no switch that is on turned off, then each turned on alone;
+* one-at-a-time: with every yes/no switch that is on turned off, then each turned on alone; one whose field declares
+  that it `acts_with` another (a form of the transformation, with the transformation) is turned on beside that one, and
+  compared with that one alone;
 * factorial: a two-level fractional factorial, columns of a Hadamard matrix and the same once more with all signs turned
   (foldover). Main effects are then free of each other and of all two-switch interactions (resolution IV; Box & Hunter,
   Technometrics 3, 1961, 311-351); the number of runs is twice the next power of two above the number of switches.
 
-An effect is the mean difference of the windows' losses in nats, paired window by window, with its 95% interval
-(`reports.stats`); Holm's correction over the switches decides what is said of it.
+An effect is the mean difference of the windows' losses in nats, paired window by window and seed by seed, with its 95%
+interval, which with several seeds counts their spread (`reports.stats`); Holm's correction over the switches decides
+what is said of it.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from pydantic import BaseModel
 from qbench.cells import Cell
 from qbench.config import MethodRequest, RunConfig
 from qbench.errors import ConfigError, NumericalError, unknown_name
-from qbench.reports.stats import LEVEL, Interval, holm, mean_interval
+from qbench.reports import plot
+from qbench.reports.stats import LEVEL, Interval, Scores, holm, interval_of
 from qbench.results import Result
 
 Design = Literal["leave-one-out", "one-at-a-time", "factorial"]
@@ -38,12 +42,14 @@ class Switch:
 
     Attributes:
         component: A yes/no option, which can be taken out and put in; others have two equally good values.
+        acts_with: The yes/no option without which this one has nothing to do.
     """
 
     option: str
     value: Any
     other: Any
     component: bool
+    acts_with: str | None = None
 
     @property
     def name(self) -> str:
@@ -57,12 +63,14 @@ class Variant:
 
     Attributes:
         n_samples: Calibration windows, where their number is what is changed.
+        against: Name of the run that it is compared with.
     """
 
     name: str
     options: Mapping[str, Any]
     changed: tuple[str, ...]
     n_samples: int | None = None
+    against: str = REFERENCE
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,24 @@ class Ablation:
         return asdict(self)
 
 
+def as_svg(ablation: Ablation) -> str:
+    """The effects with their intervals as a plot, worst change on top; what has no interval is left out.
+
+    Empty where nothing is left.
+    """
+
+    def percent(nats: float) -> float:
+        return 100 * math.expm1(min(nats, 50))
+
+    bars = [
+        plot.Effect(e.switch, percent(e.nats), percent(e.nats - half), percent(e.nats + half))
+        for e in sorted(ablation.effects, key=lambda e: -e.nats)
+        if (half := e.half_width) is not None and math.isfinite(half) and math.isfinite(e.nats)
+    ]
+    title = f"change of {ablation.metric.replace('/', ' ')}, %"
+    return plot.standalone(plot.effects(bars, title)) if bars else ""
+
+
 def switches(method: BaseModel, only: Sequence[str] = ()) -> list[Switch]:
     """The switches of a method, its presets resolved, in the order of its fields.
 
@@ -132,10 +158,11 @@ def switches(method: BaseModel, only: Sequence[str] = ()) -> list[Switch]:
     for name, info in fields.items():
         value = getattr(method, name)
         kinds = [k for k in _alternatives(info.annotation) if k is not type(None)]
-        extra = info.json_schema_extra
-        declared = extra.get("alternatives") if isinstance(extra, dict) else None
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        declared, acts_with = extra.get("alternatives"), extra.get("acts_with")
         if kinds == [bool]:
-            found.append(Switch(name, value, not value, component=True))
+            beside = str(acts_with) if acts_with is not None else None
+            found.append(Switch(name, value, not value, component=True, acts_with=beside))
         elif declared is not None:
             assert isinstance(declared, list)
             found += [Switch(name, value, other, component=False) for other in declared if other != value]
@@ -190,10 +217,13 @@ def variants(found: Sequence[Switch], design: Design, samples: Sequence[int] = (
         if not parts:
             raise ConfigError("No yes/no switch of this method is on: one-at-a-time has nothing to turn on.")
         off = {switch.option: False for switch in parts}
-        return [
-            Variant(REFERENCE, off, ()),
-            *(Variant(f"{s.option}=true", off | {s.option: True}, (f"{s.option}=true",)) for s in parts),
-        ]
+        made = [Variant(REFERENCE, off, ())]
+        for s in parts:
+            beside, name = s.acts_with if s.acts_with in off else None, f"{s.option}=true"
+            turned_on = {s.option: True} | ({} if beside is None else {beside: True})
+            against = REFERENCE if beside is None else f"{beside}=true"
+            made.append(Variant(name, off | turned_on, (name,), against=against))
+        return made
     two_level = list({switch.option: switch for switch in reversed(found)}.values())[::-1]
     made = []
     for i, row in enumerate(foldover(len(two_level))):
@@ -265,6 +295,7 @@ def analyse(
     contrasts: list[tuple[str, list[tuple[list[Result], list[Result]]]]] = []
     changed = dict.fromkeys(name for variant in runs for name in variant.changed)
     order = [switch.name for switch in found if switch.name in changed]
+    against = {name: run.against for run in runs for name in run.changed}
     for name in dict.fromkeys([*order, *changed]):
         if design == "factorial":
             pairs = [
@@ -274,12 +305,12 @@ def analyse(
                 )
                 for seed in seeds
             ]
-        elif name in lost:
+        elif name in lost or against[name] in lost:
             continue
         else:
-            pairs = [([rows[name, seed]], [rows[REFERENCE, seed]]) for seed in seeds]
+            pairs = [([rows[name, seed]], [rows[against[name], seed]]) for seed in seeds]
         contrasts.append((name, pairs))
-    intervals = [_interval(pairs, metric) for _, pairs in contrasts]
+    intervals = [_interval(pairs, metric, seeds) for _, pairs in contrasts]
     adjusted = holm([1.0 if i is None else i.p_value for i in intervals])
     effects = [
         _effect(name, pairs, metric, interval, p, design)
@@ -287,8 +318,15 @@ def analyse(
     ]
     base = {
         "leave-one-out": "the method with its presets",
-        "one-at-a-time": "every yes/no switch off: " + ", ".join(k for k in runs[0].options),
-        "factorial": f"the mean of {len(runs)} runs, half with the change and half without",
+        "one-at-a-time": "every yes/no switch off: "
+        + ", ".join(runs[0].options)
+        + "".join(
+            f"; for {', '.join(sorted(n for n, a in against.items() if a == other))}: {other}"
+            for other in dict.fromkeys(against.values())
+            if other != REFERENCE
+        ),
+        "factorial": f"the method with its presets; an effect is the mean of the {len(runs) // 2} runs with the "
+        f"change minus that of the {len(runs) // 2} without",
     }[design]
     return Ablation(
         method, scheme, design, metric, base,
@@ -311,10 +349,10 @@ def _differences(pair: tuple[list[Result], list[Result]], metric: str) -> list[f
     return [a - b for a, b in zip(_mean_items(pair[0], metric), _mean_items(pair[1], metric), strict=True)]
 
 
-def _interval(pairs: Pairs, metric: str) -> Interval | None:
-    """Of the mean difference, averaged over seeds window by window."""
-    by_seed = [_differences(pair, metric) for pair in pairs]
-    return mean_interval([math.fsum(column) / len(by_seed) for column in zip(*by_seed, strict=True)])
+def _interval(pairs: Pairs, metric: str, seeds: Sequence[int]) -> Interval | None:
+    """Of the mean difference over windows and seeds."""
+    by_seed = tuple(_differences(pair, metric) for pair in pairs)
+    return interval_of(Scores((by_seed,), seeds=tuple(seeds)))
 
 
 def _effect(

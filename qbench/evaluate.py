@@ -90,7 +90,7 @@ class Suite:
             if self.fidelity:
                 fields[f"{text.name}/kl_mean"] = {"protocol": self.fidelity_protocol(text)}
             if self.generate:
-                fields[f"{text.name}/first_difference"] = {"protocol": self._generation_protocol(text)}
+                fields[f"{text.name}/first_difference"] = {"protocol": self.generation_protocol(text)}
         return fields | (self.tasks.contract_fields() if self.tasks else {})
 
     def windows_per_pass(self, device: torch.device, seq_len: int) -> int:
@@ -112,7 +112,8 @@ class Suite:
         shown = text.protocol if n == len(text.windows.ids) else f"{text.protocol} first {n} windows"
         return f"{shown}, against full precision"
 
-    def _generation_protocol(self, text: ScoredText) -> str:
+    def generation_protocol(self, text: ScoredText) -> str:
+        """How a text's greedy continuations are made, in the words of a row."""
         n, length = self.prompts(text).shape
         return f"{text.name} greedy, {n} prompts of {length}, {self.generate} tokens, against full precision"
 
@@ -295,7 +296,7 @@ def _compare(
             n=len(items),
             unit="tokens",
             higher_is_better=True,
-            protocol=suite._generation_protocol(text),
+            protocol=suite.generation_protocol(text),
             items=items,
             items_name="tokens",
         )

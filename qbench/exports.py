@@ -18,8 +18,8 @@ from qbench.deploy.export import ExportRequest, export
 from qbench.deploy.folder import folder_name
 from qbench.engine import attention
 from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane, LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, DataError, UnsupportedSchemeError
 from qbench.evaluate import model_fingerprint, scored_text

@@ -174,10 +174,11 @@ def run(passes: Sequence[Pass], changes: Changes, listener: Any = None) -> list[
         DataError: Missing or damaged files.
     """
     from qbench import runner
+    from qbench.rows import Wanted
 
     verdicts = []
     for each in passes:
-        wanted = [runner.Wanted(label, *row) for label, row in each.rows.items()]
+        wanted = [Wanted(label, *row) for label, row in each.rows.items()]
         found: dict[str, list[Result]] = {label: [] for label in each.rows}
         errors: dict[str, str] = {}
         baseline = None

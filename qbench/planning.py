@@ -30,16 +30,18 @@ from qbench.config import RunConfig
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import choose_placement
 from qbench.engine.install import on_device, quantized
+from qbench.engine.lane import Lane, LaneResult, Planner
 from qbench.engine.plan import BlockPlan, BlockView, LearnedRounding, Needs
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane, LaneResult, Planner, reconstruct
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
 from qbench.evals.memory import peak_cpu_bytes
 from qbench.evals.perplexity import perplexity
 from qbench.evaluate import Suite
 from qbench.models.loading import LoadedModel
-from qbench.runner import Wanted, baseline_is_known, parts, prepare, stored_row
+from qbench.rows import Wanted, baseline_is_known, stored_row
+from qbench.runner import parts, prepare
 from qbench.scheme import Scheme
 
 ARRAYS = 3  # of hidden states besides one per lane: full-precision inputs and outputs, one lane's outputs

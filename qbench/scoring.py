@@ -272,14 +272,14 @@ def _scheme(model: ScorableModel, made_by: Result | None) -> tuple[Scheme, list[
         return scheme, [note]
     if settings is None:
         return Scheme(16, 16), []
-    found = _stated_bits(settings)
+    found = stated_bits(settings)
     by = f"quantized by {settings.get('quant_method', 'an unnamed method')}, as its folder says"
     if found is None:
         return Scheme(16, 16), [f"{by}; its bits are not stated in a way that qbench reads"]
     return found, [by]
 
 
-def _stated_bits(settings: dict[str, Any]) -> Scheme | None:
+def stated_bits(settings: dict[str, Any]) -> Scheme | None:
     """The scheme in a `quantization_config` of GPTQ, AWQ, bitsandbytes or compressed-tensors."""
     groups = settings.get("config_groups")
     if isinstance(groups, dict) and groups:

@@ -71,6 +71,8 @@ def check(cells: Sequence[Cell]) -> None:
         ConfigError: Every problem once, with the cells that have it.
     """
     from qbench import runner
+    from qbench.circumstances import read_texts
+    from qbench.rows import Wanted
 
     problems: dict[str, list[str]] = {}
     descriptions: dict[tuple[Any, ...], Any] = {}
@@ -78,9 +80,7 @@ def check(cells: Sequence[Cell]) -> None:
     for cell in cells:
         config = cell.config
         try:
-            (method,) = runner.check_request(
-                config, [runner.Wanted(cell.label, cell.request, str(cell.scheme))]
-            )
+            (method,) = runner.check_request(config, [Wanted(cell.label, cell.request, str(cell.scheme))])
         except QbenchError as error:
             problems.setdefault(str(error), []).append(cell.label)
             continue
@@ -99,7 +99,7 @@ def check(cells: Sequence[Cell]) -> None:
             texts = Cell(cell.label, seedless).pass_key
             if texts not in texts_seen:
                 texts_seen.add(texts)
-                runner.check_texts(config, described)
+                read_texts(config, described)
         except QbenchError as error:
             problems.setdefault(str(error), []).append(cell.label)
     if problems:

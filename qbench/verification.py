@@ -14,7 +14,8 @@ from qbench.engine.progress import Listener
 from qbench.errors import ConfigError, DataError
 from qbench.reports.stats import paired_difference
 from qbench.results import Result, ResultStore
-from qbench.runner import Wanted, run_pass
+from qbench.rows import Wanted
+from qbench.runner import run_pass
 
 ROUNDING = 1e-4  # relative difference that kernels of another machine may make
 

@@ -67,7 +67,8 @@ def work(job: Mapping[str, Any], send: Send) -> None:
     """
     try:
         config = RunConfig.model_validate(job["config"])
-        from qbench.runner import Wanted, run_pass
+        from qbench.rows import Wanted
+        from qbench.runner import run_pass
 
         wanted = [
             Wanted(w["label"], MethodRequest.model_validate(w["request"]), w["scheme"]) for w in job["wanted"]

@@ -1,9 +1,10 @@
 """Compare `qbench --tasks paper6=FOLDER` with lm-eval run by itself, item by item.
 
 lm-eval's side has nothing of qbench's: its own model class on the model's folder, its own batching, and task
-definitions of its own over copies of the files. Prints one JSON object per task; exits 1 if any item or score differs.
+definitions of its own over copies of the files. Prints one JSON object per task, with lm-eval's log-likelihoods of
+every item that differs (other rounding can turn near ties and nothing else); exits 1 if any item or score differs.
 
-    python scripts/lm_eval_agreement.py MODEL_FOLDER TASK_FOLDER [--limit N] [--device cuda]
+    python scripts/lm_eval_agreement.py MODEL_FOLDER TASK_FOLDER [--limit N] [--device cuda] [--dtype float64]
 """
 
 from __future__ import annotations
@@ -24,19 +25,36 @@ from qbench.evals.tasks import PAPER6, load_tasks
 
 
 def compare(
-    model_folder: Path, task_folder: Path, names: Sequence[str], limit: int | None = None, device: str = "cpu"
+    model_folder: Path,
+    task_folder: Path,
+    names: Sequence[str],
+    limit: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    batch_size: int = 8,
 ) -> Iterator[dict[str, Any]]:
-    """Score each task both ways in float32."""
+    """Score each task both ways.
+
+    Args:
+        model_folder: A full-precision model.
+        task_folder: Files NAME.jsonl, NAME_val.mc.jsonl and the like.
+        names: Tasks.
+        limit: Only the first items of each.
+        device: Where to compute.
+        dtype: Of the weights and of everything computed. lm-eval takes its log-softmax in it, qbench in no less than
+            float32: with less they may differ.
+        batch_size: lm-eval's.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    model = hf.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).to(device).eval()
+    model = hf.AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype).to(device).eval()
     tokenizer = hf.AutoTokenizer.from_pretrained(model_folder)
     for name in names:
         (path,) = [p for p in task_folder.glob("*.jsonl") if p.name.startswith((f"{name}_", f"{name}."))]
         with tempfile.TemporaryDirectory() as scratch:
-            lm = HFLM(model, tokenizer=tokenizer, batch_size=8)
+            lm = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
             started = time.perf_counter()
             theirs = simple_evaluate(
                 lm,
@@ -57,6 +75,12 @@ def compare(
             "task": name,
             "items": len(samples),
             "same_items": all(m.items == [s[label] for s in samples] for m, label in pairs),
+            "differing": [
+                (label, i, [logprob for logprob, _ in sample["filtered_resps"]])
+                for m, label in pairs
+                for i, (item, sample) in enumerate(zip(m.items or (), samples, strict=True))
+                if item != sample[label]
+            ],
             "same_scores": all(
                 (m.value, m.stderr) == (results[f"{label},none"], results[f"{label}_stderr,none"])
                 for m, label in pairs
@@ -98,9 +122,13 @@ def main() -> int:
     parser.add_argument("tasks", type=Path)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
+    parser.add_argument("--batch-size", type=int, default=8, help="lm-eval's")
     given = parser.parse_args()
     same = True
-    for found in compare(given.model, given.tasks, PAPER6, given.limit, given.device):
+    for found in compare(
+        given.model, given.tasks, PAPER6, given.limit, given.device, given.dtype, given.batch_size
+    ):
         print(json.dumps(found), flush=True)
         same &= found["same_items"] and found["same_scores"]
     return 0 if same else 1

@@ -1,6 +1,7 @@
 """Print the tables of docs/results.md from result folders, so that no figure there is typed by hand.
 
     python scripts/results_tables.py RESULTS
+    python scripts/results_tables.py RESULTS METHOD     # one method's table, as in docs/methods/METHOD.md
 
 RESULTS holds one folder per run of the two experiment files: methods-MODEL, parity-legal-MODEL and
 parity-published-MODEL for each reference model. Repeated parity runs have a suffix (parity-legal-MODEL-2) and are
@@ -13,7 +14,7 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -59,6 +60,8 @@ def order_report(rows: Sequence[Result]) -> list[str]:
     sentences = []
     for scheme in dict.fromkeys(row.scheme for row in rows if not row.is_baseline):
         values = {method: perplexity(rows, method, scheme) for method in ORDER}
+        if len(values) - list(values.values()).count(None) < 2:
+            continue
         breaks = [
             f"{worse} {values[worse]:.2f} < {better} {values[better]:.2f}"
             for worse, better in pairwise(ORDER)
@@ -81,6 +84,38 @@ def weight_errors(row: Result) -> dict[str, float]:
         for key, error in block.extras.items()
         if (role := key.removeprefix(ERROR)) != key and block.extras[ERROR_NEAREST + role] > 0
     }
+
+
+def quotient(row: Result, other: Result) -> tuple[float, float, bool]:
+    """One row's perplexity over another's, half of its paired 95% interval, and whether that holds 1."""
+    gap = paired_difference(row.metrics[METRIC].items or [], other.metrics[METRIC].items or [])
+    assert gap is not None
+    ratio = math.exp(gap.mean)
+    return ratio, ratio * gap.half_width, gap.low <= 0 <= gap.high
+
+
+def method_table(models: Mapping[str, Sequence[Result]], method: str) -> list[str]:
+    """Perplexity of a method, and with another rounding behind it, on each model; the quotient to full precision."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for model, rows in models.items():
+        baseline = next(row for row in rows if row.is_baseline)
+        for row in rows:
+            if method == row.method.partition("+")[0]:
+                ratio, half, _ = quotient(row, baseline)
+                cell = f"{row.metrics[METRIC].value:.2f} | {ratio:.3f} ±{half:.3f}"
+                found.setdefault((row.method, row.scheme_label), {})[model] = cell
+    plain = [*SCHEMES, *(scheme.replace("W2", "W2*") for scheme in SCHEMES)]
+    order = sorted(found, key=lambda key: (rank(key[0]), plain.index(key[1])))
+    return [
+        f"| | scheme | {' | '.join(f'{model} | ÷ FP' for model in models)} |",
+        f"|:--|:--|{'--:|--:|' * len(models)}",
+        *(
+            f"| {name} | {scheme.replace('*', chr(92) + '*')} | "
+            + " | ".join(found[name, scheme].get(model, "— | —") for model in models)
+            + " |"
+            for name, scheme in order
+        ),
+    ]
 
 
 def rounding_table(rows: Sequence[Result]) -> list[str]:
@@ -116,14 +151,10 @@ def rounding_table(rows: Sequence[Result]) -> list[str]:
         if other is None or other.contract != row.contract:
             cells += ["—", f"{own.value:.2f}", "—"]
         else:
-            beside = other.metrics[METRIC]
             beside_each += 1
-            gap = paired_difference(own.items or [], beside.items or [])
-            assert gap is not None
-            ratio, half = math.exp(gap.mean), math.exp(gap.mean) * gap.half_width
-            tied = gap.low <= 0 <= gap.high
+            ratio, half, tied = quotient(row, other)
             cells += [
-                f"{beside.value:.2f}",
+                f"{other.metrics[METRIC].value:.2f}",
                 f"{own.value:.2f}",
                 f"{ratio:.3f} ±{half:.3f}{' ≈' if tied else ''}",
             ]
@@ -139,6 +170,22 @@ def rounding_table(rows: Sequence[Result]) -> list[str]:
             + (f"; not at {', '.join(worse)}." if worse else "."),
         ]
     return lines if linears else []
+
+
+def star_report(rows: Sequence[Result]) -> list[str]:
+    """One line per scheme on which a method was run with the fifth level and without: what it is worth."""
+    lines = []
+    for row in rows:
+        if row.scheme_label == row.scheme:
+            continue
+        for other in rows:
+            if (other.method, other.scheme_label, other.contract) == (row.method, row.scheme, row.contract):
+                ratio, half, tied = quotient(row, other)
+                lines.append(
+                    f"* {row.method} {row.scheme_label} {row.metrics[METRIC].value:.2f} against "
+                    f"{row.scheme} {other.metrics[METRIC].value:.2f}: ÷ {ratio:.3f} ±{half:.3f}{' ≈' if tied else ''}"
+                )
+    return lines
 
 
 def repeats(folder: Path, name: str, method: str, scheme: str) -> list[float]:
@@ -180,16 +227,25 @@ def parity_table(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Print everything."""
+    """Print everything, or one method's table."""
     folder = Path(sys.argv[1])
-    for path in sorted(folder.glob("methods-*")):
-        rows = sorted(
+    models = {
+        path.name.removeprefix("methods-"): sorted(
             ResultStore(path).load_all(), key=lambda row: (SCHEMES.index(row.scheme), rank(row.method))
         )
-        print(f"## {path.name.removeprefix('methods-')}\n")
+        for path in sorted(folder.glob("methods-*"))
+    }
+    if len(sys.argv) > 2:
+        print("\n".join(method_table(models, sys.argv[2])))
+        return
+    for model, rows in models.items():
+        print(f"## {model}\n")
         print(compare(rows).render("markdown"))
         print("\nPublished order RTN ≥ SmoothQuant ≥ OmniQuant ≥ AffineQuant in perplexity:\n")
         print("\n".join(order_report(rows)), "\n")
+        if lines := star_report(rows):
+            print("The fifth level (W2*) against four:\n")
+            print("\n".join(lines).replace("*A", "\\*A"), "\n")
         if table := rounding_table(rows):
             print("GPTQ against rounding to nearest under the same transform, linear by linear:\n")
             print("\n".join(table), "\n")

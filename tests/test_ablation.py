@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from typing import ClassVar, Literal
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 from pydantic import BaseModel, Field
 
 from qbench import sweep as sweeps
-from qbench.ablation import REFERENCE, Variant, analyse, cells, foldover, switches, variants
+from qbench.ablation import REFERENCE, Variant, analyse, as_svg, cells, foldover, switches, variants
 from qbench.cli import main
 from qbench.config import MethodRequest, RunConfig
 from qbench.errors import ConfigError, NumericalError
@@ -36,7 +38,16 @@ class Options(BaseModel):
     label: str = "x"
 
 
+SVG = "{http://www.w3.org/2000/svg}"
 RESOLVED = Options(matrix=False)
+
+
+class Dependent(BaseModel):
+    """One switch that has nothing to do without another."""
+
+    let: bool = True
+    shift: bool = Field(True, json_schema_extra={"acts_with": "let"})
+    lwc: bool = True
 
 
 def test_switches_are_read_off_the_options() -> None:
@@ -84,12 +95,36 @@ def test_one_at_a_time_begins_with_everything_off() -> None:
         {"lwc": True, "matrix": False},
         {"lwc": False, "matrix": True},
     ]
+    assert {v.against for v in made} == {REFERENCE}
     with pytest.raises(ConfigError, match="nothing to turn on"):
         variants(switches(Options(lwc=False, matrix=False)), "one-at-a-time")
     with pytest.raises(ConfigError, match="samples is for leave-one-out"):
         variants(switches(options), "factorial", samples=[4])
     with pytest.raises(ConfigError, match="no switch"):
         variants([], "factorial")
+
+
+def test_what_acts_with_another_is_turned_on_beside_it_and_compared_with_it() -> None:
+    found = switches(Dependent())
+    runs = variants(found, "one-at-a-time")
+    off = {"let": False, "shift": False, "lwc": False}
+    assert [(v.name, v.options, v.against) for v in runs] == [
+        (REFERENCE, off, REFERENCE),
+        ("let=true", off | {"let": True}, REFERENCE),
+        ("shift=true", off | {"let": True, "shift": True}, "let=true"),
+        ("lwc=true", off | {"lwc": True}, REFERENCE),
+    ]
+    truth = {REFERENCE: 0.0, "let=true": -0.3, "shift=true": -0.2, "lwc=true": -0.1}
+    rows = {(name, 0): row(name, nats) for name, nats in truth.items()}
+    result = analyse("own", "W4A4", "one-at-a-time", found, runs, rows, [0])
+    assert [e.nats for e in result.effects] == pytest.approx([-0.3, 0.1, -0.1])
+    assert result.base == "every yes/no switch off: let, shift, lwc; for shift=true: let=true"
+    del rows["let=true", 0]
+    left = analyse("own", "W4A4", "one-at-a-time", found, runs, rows, [0], {"let=true": "nan"})
+    assert [e.switch for e in left.effects] == ["lwc=true"]
+    # without the other being on, there is nothing to be beside: it stands alone
+    alone = variants(switches(Dependent(), ["shift"]), "one-at-a-time")
+    assert [(v.options, v.against) for v in alone[1:]] == [({"shift": True}, REFERENCE)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 11, 15])
@@ -185,6 +220,31 @@ def test_seeds_are_averaged_and_their_spread_told() -> None:
     rows |= {("lwc=false", 2): row("l", 0.1, seed=2), ("lwc=false", 3): row("l", 0.2, seed=3)}
     effect = effects_of("leave-one-out", found, runs, rows, seeds=(2, 3))["lwc=false"]
     assert effect.nats == pytest.approx(0.15) and effect.seed_std == pytest.approx(0.1 / math.sqrt(2))
+    # Two seeds, no spread over windows: the interval is Student's with one degree of freedom.
+    assert effect.half_width == pytest.approx(12.7062 * 0.1 / math.sqrt(2) / math.sqrt(2), rel=1e-4)
+    assert effect.verdict == "undecided"
+
+
+def test_the_plot_shows_every_effect_and_keeps_a_far_one_at_its_edge() -> None:
+    found = switches(RESOLVED)
+    runs = variants(found, "leave-one-out")
+    sizes = {
+        REFERENCE: 0.0,
+        "lwc=false": 6.0,
+        "matrix=true": -0.05,
+        "form=published": 0.06,
+        "form=other": 0.01,
+    }
+    rows = {(name, 0): row(name, nats, noise=0.02) for name, nats in sizes.items()}
+    drawn = as_svg(analyse("own", "W4A4", "leave-one-out", found, runs, rows, [0], {"alpha=0.25": "nan"}))
+    root = ElementTree.fromstring(drawn)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    centres = {mark[0].text.split(":")[0]: float(mark[-1].get("cx")) for mark in root.iter(f"{SVG}g")}
+    assert list(centres) == ["lwc=false", "form=published", "form=other", "matrix=true"]  # worst on top
+    zero = float(re.search(r'class="zero" d="M([\d.]+)', drawn)[1])
+    assert centres["matrix=true"] < zero < centres["form=published"] < centres["lwc=false"] <= 640
+    assert centres["form=published"] - zero == pytest.approx(zero - centres["matrix=true"], rel=0.35)
+    assert "lwc=false (+4.0" in drawn and "form=published (" not in drawn
 
 
 def test_costs_are_differences() -> None:
@@ -237,3 +297,4 @@ def test_the_command_line(tmp_path, build_tiny, monkeypatch) -> None:
     assert [len(job.cells) for job in executors[0].started] == [3, 1]  # fewer windows are another pass
     stored = json.loads((here.output / "ablations" / "omniquant-W4A4-leave-one-out.json").read_text())
     assert [effect["switch"] for effect in stored["effects"]] == ["lwc=false", "let=false", "n_samples=2"]
+    ElementTree.fromstring((here.output / "ablations" / "omniquant-W4A4-leave-one-out.svg").read_bytes())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
 from qbench.results import BlockRecord
-from scripts.results_tables import rounding_table, weight_errors
-from tests.fake_results import make_result, perplexity, window_losses
+from scripts.results_tables import method_table, order_report, rounding_table, star_report, weight_errors
+from tests.fake_results import baseline, make_result, perplexity, window_losses
 
 ERRORS = {"q": (0.02, 0.04), "down": (0.09, 0.1)}  # GPTQ, nearest
 
@@ -64,3 +65,34 @@ def test_lost_linears_are_named_and_what_is_missing_is_missing() -> None:
         )
         assert verdict == "Perplexity: GPTQ is below in 0 of 0 rows."
     assert rounding_table([row("rtn", 0.1)]) == []
+
+
+def test_the_published_order_is_told_of_schemes_with_two_of_its_methods() -> None:
+    rows = [row("rtn", 0.1), row("smoothquant", 0.2), row("omniquant", 0.05)]
+    (told,) = order_report([*rows, make_result("rtn", "W4A4"), make_result("gptq", "W4A4")])
+    assert told.startswith("* W3A16: does not hold: rtn ") and told.count(";") == 0
+
+
+def test_a_methods_table_has_its_compositions_and_its_quotient_to_full_precision() -> None:
+    full = baseline(metrics={"wikitext2/perplexity": perplexity(window_losses(1, extra=0.0, rho=0.0))})
+    starred = row("abq", 0.3, options={"bit_balance": True})
+    llama = [full, row("gptq", 0.2), row("omniquant", 0.1), row("omniquant+gptq", 0.1), starred]
+    models = {"llama": llama, "opt": [full, row("omniquant", 0.4)]}
+    head, _, alone, composed = map(cells, method_table(models, "omniquant"))
+    assert head == ["", "scheme", "llama", "÷ FP", "opt", "÷ FP"]
+    assert (
+        alone[:2] == ["omniquant", "W3A16"] and composed[0] == "omniquant+gptq" and composed[4:] == ["—", "—"]
+    )
+    ratios = [float(text.split(" ±")[0]) for text in (alone[3], alone[5])]
+    assert ratios == pytest.approx([math.exp(0.1), math.exp(0.4)], rel=0.02)
+    assert [cells(line)[0] for line in method_table(models, "gptq")[2:]] == ["gptq"]
+
+
+def test_the_fifth_level_is_set_beside_four_of_the_same_method_and_contract() -> None:
+    def abq(extra: float, star: bool, **changes):
+        metrics = {"wikitext2/perplexity": perplexity(window_losses(1, extra=extra, rho=0.0))}
+        return make_result("abq", "W2A8", metrics=metrics, options={"bit_balance": star}, **changes)
+
+    (line,) = star_report([abq(0.3, False), abq(0.1, True), row("abq", 0.2), abq(0.4, False, contract="x")])
+    assert re.match(r"\* abq W2\*A8 [\d.]+ against W2A8 [\d.]+: ÷ 0.8\d\d ±0.0\d\d$", line)
+    assert star_report([abq(0.1, True)]) == []

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import qbench
+import qbench.rows as rows_module
 import qbench.runner as runner_module
 from qbench.cli import main
 from qbench.config import RunConfig
@@ -301,13 +302,13 @@ def test_bits_per_weight_count_what_stays_of_the_transforms(here) -> None:
 def scored(monkeypatch) -> list[str]:
     """Labels of what is really scored."""
     labels: list[str] = []
-    evaluate = runner_module._evaluate
+    evaluate = rows_module.evaluate
 
     def spy(common, label):
         labels.append(label)
         return evaluate(common, label)
 
-    monkeypatch.setattr(runner_module, "_evaluate", spy)
+    monkeypatch.setattr(rows_module, "evaluate", spy)
     return labels
 
 
@@ -602,7 +603,7 @@ def test_rows_that_memory_has_no_room_for_take_another_pass(here, monkeypatch) -
         runner_module, "reconstruct", lambda *a: lanes.append([lane.name for lane in a[3]]) or original(*a)
     )
     compute = {"hidden_states": "auto"}
-    monkeypatch.setattr("qbench.engine.reconstruct.choose_placement", lambda *a: "cpu")
+    monkeypatch.setattr("qbench.engine.stream.choose_placement", lambda *a: "cpu")
     rows = here.run(methods=TRAINED, compute=compute)
     assert lanes == [["rtn W3A16", "smoothquant W3A16"], ["omniquant W3A16", "affinequant W3A16"]]
     assert [row.codes for row in rows] == [row.codes for row in expected]

@@ -17,7 +17,7 @@ from qbench.evals.perplexity import perplexity
 from qbench.reports.comparison import compare
 from qbench.results import ResultStore
 from qbench.runner import run
-from qbench.scoring import _stated_bits, score_model
+from qbench.scoring import score_model, stated_bits
 from tests import model_folders
 
 SEQ_LEN, WINDOWS = 32, 5
@@ -170,7 +170,7 @@ STATED = {
 
 @pytest.mark.parametrize("settings,scheme", STATED.values(), ids=list(STATED))
 def test_the_bits_that_a_folder_states(settings: dict, scheme: str) -> None:
-    assert str(_stated_bits(settings)) == scheme
+    assert str(stated_bits(settings)) == scheme
 
 
 def test_the_command_prints_a_table_and_generations(place) -> None:

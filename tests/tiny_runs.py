@@ -16,10 +16,11 @@ from transformers.masking_utils import sdpa_mask
 from qbench.engine import attention
 from qbench.engine.activations import ActivationStats
 from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.plan import BlockView
 from qbench.engine.prepare import block_tensors
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
 from qbench.methods import METHODS

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from qbench.cells import Cell
-from qbench.cli.run import _Command, _Option
-from qbench.cli.sweep import _options, read
+from qbench.cli.grid import grid_options, read
+from qbench.cli.options import Command, Option, format_option
 from qbench.errors import ConfigError
 from qbench.reports.columns import format_seconds, format_value
 from qbench.results import write_atomically
@@ -67,8 +67,10 @@ def _ablate(**given: Any) -> None:
     folder = Path(config.output) / "ablations"
     folder.mkdir(parents=True, exist_ok=True)
     for result, plain in zip(results, data, strict=True):
-        path = folder / f"{result.method}-{result.scheme}-{result.design}.json"
-        write_atomically(path, json.dumps(plain, indent=1).encode())
+        path = folder / f"{result.method}-{result.scheme}-{result.design}"
+        write_atomically(path.with_name(f"{path.name}.json"), json.dumps(plain, indent=1).encode())
+        if drawn := ablation.as_svg(result):
+            write_atomically(path.with_name(f"{path.name}.svg"), drawn.encode())
     if given["format_"] == "json":
         click.echo(json.dumps(data, indent=1))
     else:
@@ -99,24 +101,19 @@ def as_markdown(result: Any) -> str:
     return "\n".join(lines)
 
 
-ablate = _Command(
+ablate = Command(
     "ablate",
-    callback=_ablate,
-    params=[
-        *_options(),
-        _Option(
+    _ablate,
+    [
+        *grid_options(),
+        Option(
             WHAT, ["--design"], type=click.Choice(["leave-one-out", "one-at-a-time", "factorial"]),
             default="leave-one-out", help="Which runs to make. Default: leave-one-out.",
         ),
-        _Option(WHAT, ["--switch", "switches"], multiple=True, metavar="OPTION", help="Only these; repeatable."),
-        _Option(WHAT, ["--samples"], multiple=True, type=int, help="Also with N calibration windows; repeatable."),
-        _Option("Where", ["--retry-failed"], is_flag=True, help="Also compute runs whose failure is on record."),
-        _Option("Where", ["--restart"], is_flag=True, help="Ignore earlier checkpoints and results."),
-        _Option(
-            "Where", ["--format", "format_"], type=click.Choice(["markdown", "json"]), default="markdown",
-            help="Form of the result on stdout. Default: markdown.",
-        ),
+        Option(WHAT, ["--switch", "switches"], multiple=True, metavar="OPTION", help="Only these; repeatable."),
+        Option(WHAT, ["--samples"], multiple=True, type=int, help="Also with N calibration windows; repeatable."),
+        Option("Where", ["--retry-failed"], is_flag=True, help="Also compute runs whose failure is on record."),
+        Option("Where", ["--restart"], is_flag=True, help="Ignore earlier checkpoints and results."),
+        format_option("Where", ("markdown", "json")),
     ],
-    help=_ablate.__doc__,
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )  # fmt: skip

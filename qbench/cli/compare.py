@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -113,3 +114,13 @@ def show(comparison: Comparison, format_: str) -> None:
     from qbench.reports.table import print_table
 
     print_table(comparison, Console())
+
+
+def echo_generations(results: Sequence[Result]) -> None:
+    """Greedy continuations side by side, on stderr: full precision above, the row's below."""
+    for row in results:
+        for i, made in enumerate(row.generations, 1):
+            place = f"first difference at token {made.differs_at}"
+            click.echo(f"\n{row.method} {row.scheme}, prompt {i}: {place}", err=True)
+            for label, text in (("prompt", made.prompt[-100:]), ("full", made.reference), ("row", made.text)):
+                click.echo(f"  {label:7}{text!r}", err=True)

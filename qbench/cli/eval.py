@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qbench.cli.run import _Command, _config_option, _put, echo_generations, form_and_file
+from qbench.cli.options import Command, config_option, file_option, fill, format_option, put
 from qbench.config import ScoreConfig, read_mapping, validated
 
 OPTIONS: dict[str, list[tuple[str, str]]] = {
@@ -43,16 +43,13 @@ def _eval(model: str | None, config: str | None, format_: str, **given: Any) -> 
     request = read_mapping(config) if config else {}
     if model is not None:
         request["model"] = model
-    for _, path in (row for rows in OPTIONS.values() for row in rows):
-        value = given[path.replace(".", "__")]
-        if value is not None and value != ():
-            _put(request, path, list(value) if isinstance(value, tuple) else value)
+    fill(request, given, (path for rows in OPTIONS.values() for _, path in rows))
     if request.get("fidelity_to") and not given["evals__generate"]:
-        _put(request, "evals.fidelity", True)
+        put(request, "evals.fidelity", True)
     resolved = validated(ScoreConfig, request, "the evaluation's configuration")
 
     from qbench import scoring
-    from qbench.cli.compare import show
+    from qbench.cli.compare import echo_generations, show
     from qbench.cli.progress import listening
     from qbench.reports.comparison import compare
 
@@ -62,18 +59,17 @@ def _eval(model: str | None, config: str | None, format_: str, **given: Any) -> 
     show(compare(results, allow_mixed=True), format_)
 
 
-evaluate = _Command(
+evaluate = Command(
     "eval",
-    callback=_eval,
-    help=_eval.__doc__,
-    params=[
+    _eval,
+    [
         click.Argument(["model"], required=False),
         *(
-            _config_option(title, flags, path, ScoreConfig)
+            config_option(title, flags, path, ScoreConfig)
             for title, rows in OPTIONS.items()
             for flags, path in rows
         ),
-        *form_and_file(),
+        format_option(),
+        file_option(),
     ],
-    context_settings={"token_normalize_func": lambda token: token.replace("_", "-")},
 )

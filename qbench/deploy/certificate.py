@@ -30,7 +30,7 @@ from qbench.deploy.folder import unquantized
 from qbench.deploy.formats import Format
 from qbench.engine import attention
 from qbench.engine.install import quantized
-from qbench.engine.reconstruct import LaneResult
+from qbench.engine.lane import LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, QbenchError
 from qbench.models.loading import LoadedModel

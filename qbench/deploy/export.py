@@ -33,7 +33,7 @@ from qbench.deploy.folder import (
 )
 from qbench.deploy.formats import FORMATS, Format, attention_note
 from qbench.deploy.residue import obstacle, rehearse
-from qbench.engine.reconstruct import Lane, LaneResult
+from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
 from qbench.errors import UnsupportedSchemeError

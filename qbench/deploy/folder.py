@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qbench.deploy.formats import Format
 from qbench.deploy.residue import switches
-from qbench.engine.reconstruct import LaneResult
+from qbench.engine.lane import LaneResult
 from qbench.errors import ConfigError
 from qbench.models.loading import LoadedModel
 from qbench.quant.uniform import QuantizedWeight

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from qbench.engine import attention
-from qbench.engine.reconstruct import Lane, reconstruct
+from qbench.engine.lane import Lane
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
 from qbench.models.loading import LoadedModel

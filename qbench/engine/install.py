@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qbench.engine.lane import LaneResult
 from qbench.engine.prepare import PreparedBlock
-from qbench.engine.reconstruct import LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.models.base import BlockSpec
 

@@ -44,13 +44,16 @@ class TaskSet:
     Attributes:
         fingerprints: Task to SHA-256 of its prompts and answers.
         origins: Task to where its questions came from, in the words of its protocol.
+        encoded: Tokenizer to the token ids of each pair, so that the next model need not tokenize again.
     """
 
     loaded: dict[str, Any]  # lm-eval's TaskDict
     fingerprints: dict[str, str]
     origins: dict[str, str]
     limit: int | None
-    encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = field(default_factory=dict, compare=False)
+    encoded: dict[Any, dict[tuple[str, str], tuple[list[int], list[int]]]] = field(
+        default_factory=dict, compare=False
+    )
 
     def contract_fields(self) -> dict[str, Any]:
         """What two rows must share to be ranked together, by task."""
@@ -99,7 +102,7 @@ class TaskSet:
             for task in self.loaded["tasks"].values():
                 task.set_fewshot_seed(FEWSHOT_SEED)  # every model is shown the same examples
             found = evaluate(
-                InMemoryLM(model, tokenizer, device, self.encoded, progress),
+                InMemoryLM(model, tokenizer, device, self.encoded.setdefault(tokenizer, {}), progress),
                 self.loaded,
                 limit=self.limit,
                 bootstrap_iters=1000,  # only for metrics that are no means

@@ -24,6 +24,10 @@ from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
 from qbench.transforms.transform import DiagonalTransform, MatrixTransform, RotationTransform, Transform
 
+WITH_LET: dict[str, Any] = {
+    "acts_with": "let"
+}  # for `qbench.ablation`: alone, these options have nothing to do
+
 
 class AffineQuant(Method):
     """Learned affine transformations under a gradual mask, with learned weight clipping."""
@@ -37,13 +41,21 @@ class AffineQuant(Method):
     let: bool = Field(True, description="Learn the affine transformation.")
     use_ln_matrix: bool | None = Field(
         None,
+        json_schema_extra=WITH_LET,
         description="Full matrices after the norms (kept at run time). Preset: on for weight-only schemes.",
     )
     use_matrix: bool | None = Field(
-        None, description="Per-head matrices at query_key. Preset: on where activations are quantized."
+        None,
+        json_schema_extra=WITH_LET,
+        description="Per-head matrices at query_key. Preset: on where activations are quantized.",
+    )
+    use_value_matrix: bool = Field(
+        True, json_schema_extra=WITH_LET, description="Per-head matrices at value_out; off: a diagonal."
     )
     shift: bool = Field(
-        True, description="Learn a shift as well; on LLaMA it leaves a bias behind each RMSNorm."
+        True,
+        json_schema_extra=WITH_LET,
+        description="Learn a shift as well; on LLaMA it leaves a bias behind each RMSNorm.",
     )
     sf: float | None = Field(
         None,
@@ -53,7 +65,9 @@ class AffineQuant(Method):
         description="Stability factor of off-diagonal entries. Preset: 0.01 weight-only (OPT: by size), else 0.1.",
     )
     gradual: bool = Field(
-        True, description="Widen the mask from the diagonal epoch by epoch; off: full band at once."
+        True,
+        json_schema_extra=WITH_LET,
+        description="Widen the mask from the diagonal epoch by epoch; off: full band at once.",
     )
     query_key: Literal["legal", "published"] = Field(
         "legal",
@@ -80,6 +94,7 @@ class AffineQuant(Method):
     )
     aug_loss: bool | None = Field(
         None,
+        json_schema_extra=WITH_LET,
         description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit.",
     )
     parameters: str | None = Field(
@@ -165,7 +180,9 @@ class AffineQuant(Method):
             return DiagonalTransform(spec, site, scale, paired=legal_rope)
         if site.kind == "query_key" and legal_rope:
             return RotationTransform(spec, site)
-        if site.kind == "norm" and not self.use_ln_matrix:
+        if (site.kind == "norm" and not self.use_ln_matrix) or (
+            site.kind == "value" and not self.use_value_matrix
+        ):
             return DiagonalTransform(spec, site, scale, shift)
         assert self.sf is not None
         return MatrixTransform(

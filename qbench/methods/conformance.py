@@ -22,10 +22,11 @@ from qbench.engine.activations import Observer
 from qbench.engine.capture import block_inputs, move
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.hidden import HiddenStates
+from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.plan import BlockView
 from qbench.engine.prepare import PreparedBlock, block_tensors
 from qbench.engine.probe import Probe
-from qbench.engine.reconstruct import Lane, LaneResult, reconstruct
+from qbench.engine.reconstruct import reconstruct
 from qbench.engine.settings import EngineSettings
 from qbench.errors import QbenchError, UnsupportedSchemeError
 from qbench.methods import METHODS

@@ -132,6 +132,49 @@ def choose_dtype(asked: str, n_parameters: int, on_gpu: bool) -> torch.dtype:
     return torch.bfloat16 if on_gpu and n_parameters > 10**9 else torch.float32
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A model that is found and whose weights are not read yet; `arguments` go to each of transformers' readers."""
+
+    name: str
+    location: str
+    config: Any
+    arguments: dict[str, Any]
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.location, **self.arguments)
+
+    def model(
+        self, packed: PackedFolder | None, dtype: str, on_gpu: bool, **placement: Any
+    ) -> tuple[Any, list[str]]:
+        """The model, and the names of weights that it has no place for; `packed` integers dequantized."""
+        from transformers import AutoModelForCausalLM
+
+        if packed is not None:
+            model, report = packed.load(self.config, choose_dtype(dtype, packed.n_parameters, on_gpu))
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.location, dtype="auto", output_loading_info=True, **placement, **self.arguments
+            )
+        missing = sorted(report["missing_keys"])
+        if missing:  # transformers would go on with random weights in their place
+            raise DataError(f"Model {self.name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+        return model, sorted(report["unexpected_keys"])
+
+
+def _find(name: str, revision: str | None, trust_remote_code: bool) -> _Source:
+    """Where a model lies, and its configuration."""
+    from transformers import AutoConfig
+
+    location = resolve_location(name)
+    arguments = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _readable(name):
+        return _Source(name, location, AutoConfig.from_pretrained(location, **arguments), arguments)
+
+
 def describe_model(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> LoadedModel:
     """A model without its weights, on torch's meta device: enough to check a request, in a second and no memory.
 
@@ -140,14 +183,13 @@ def describe_model(name: str, revision: str | None = None, *, trust_remote_code:
         DataError: Unreadable files, or no weights beside them.
         UnsupportedSchemeError: A model type without a description.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    location = resolve_location(name)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = _find(name, revision, trust_remote_code)
+    location, config = source.location, source.config
     with _readable(name):
-        config = AutoConfig.from_pretrained(location, **common)
         architecture = architecture_for(config)
-        tokenizer = AutoTokenizer.from_pretrained(location, **common)
+        tokenizer = source.tokenizer()
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     if Path(location).is_dir() and not any(any(Path(location).glob(pattern)) for pattern in WEIGHT_FILES):
@@ -195,26 +237,15 @@ def load_model(
         DataError: Unreadable files, weights that are not finite.
         UnsupportedSchemeError: A model type without a description.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    location = resolve_location(name)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = _find(name, revision, trust_remote_code)
+    location, config = source.location, source.config
     with _readable(name):
-        config = AutoConfig.from_pretrained(location, **common)
         architecture = architecture_for(config)
         packed = _packed(location, revision, config)
-        if packed is not None:
-            model, report = packed.load(config, choose_dtype(dtype, packed.n_parameters, on_gpu))
-        else:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                location, dtype="auto", output_loading_info=True, **common
-            )
-        tokenizer = AutoTokenizer.from_pretrained(location, **common)
-    missing = sorted(report["missing_keys"])
-    if missing:  # transformers would go on with random weights in their place
-        raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+        model, unexpected = source.model(packed, dtype, on_gpu)
+        tokenizer = source.tokenizer()
     with _readable(name):
-        apply_extra_biases(model, architecture, sorted(report["unexpected_keys"]), location, revision)
+        apply_extra_biases(model, architecture, unexpected, location, revision)
     model = model.eval().requires_grad_(False)
     model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
     for parameter_name, parameter in model.named_parameters():
@@ -274,28 +305,18 @@ def load_as_is(
         ConfigError: Unknown name.
         DataError: Unreadable files, or a package that the format needs is missing.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    location = resolve_location(name)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source = _find(name, revision, trust_remote_code)
+    location, config = source.location, source.config
+    on_gpu = device.type == "cuda"
+    quantization = getattr(config, "quantization_config", None)
+    known = quantization is not None and _quant_method(quantization) in READABLE
     with _readable(name):
-        config = AutoConfig.from_pretrained(location, **common)
-        quantization = getattr(config, "quantization_config", None)
-        known = quantization is not None and _quant_method(quantization) in READABLE
         packed = _packed(location, revision, config) if known else None
-        if packed is not None:
-            on_gpu = device.type == "cuda"
-            model, report = packed.load(config, choose_dtype(dtype, packed.n_parameters, on_gpu))
-            quantization = packed.settings
-        else:
-            placed = {} if quantization is None else {"device_map": {"": device}}
-            model, report = AutoModelForCausalLM.from_pretrained(
-                location, dtype="auto", output_loading_info=True, **placed, **common
-            )
-        tokenizer = AutoTokenizer.from_pretrained(location, **common)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise DataError(f"Model {name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
+        placed = {} if quantization is None else {"device_map": {"": device}}
+        model, unexpected = source.model(packed, dtype, on_gpu, **placed)
+        tokenizer = source.tokenizer()
+    if packed is not None:
+        quantization = packed.settings
     try:
         architecture = architecture_for(config)
         blocks = model.get_submodule(architecture.blocks)
@@ -305,11 +326,10 @@ def load_as_is(
         architecture, blocks = None, nn.ModuleList()
     if quantization is None and architecture is not None:
         with _readable(name):
-            apply_extra_biases(model, architecture, sorted(report["unexpected_keys"]), location, revision)
+            apply_extra_biases(model, architecture, unexpected, location, revision)
     model = model.eval().requires_grad_(False)
     if quantization is None:
-        n_parameters = sum(p.numel() for p in model.parameters())
-        model = model.to(choose_dtype(dtype, n_parameters, device.type == "cuda"))
+        model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
     elif not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     text = config.get_text_config()

@@ -11,10 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 
 WIDTH, HEIGHT = 640, 380
 LEFT, RIGHT, TOP, BOTTOM = 80, 16, 14, 50
 COLLAPSED = 20  # times the best value: above it a row is drawn at the plot's edge, so that the others can be told apart
+FAR = 8  # times the median end of an interval: where an effect is drawn at the edge
 N_COLOURS = 8
 SHAPES = ("circle", "square", "diamond", "up", "down", "cross", "star", "bar")
 
@@ -190,13 +192,20 @@ class Effect:
 
 
 def effects(bars: Sequence[Effect], x_title: str) -> str:
-    """Effects with intervals, one below the other; an interval that holds zero is drawn pale."""
+    """Effects with intervals, one below the other; an interval that holds zero is drawn pale.
+
+    Values many times those of most others stay at the plot's edge, with their value beside the label, so that the
+    others can be told apart.
+    """
     bars = [bar for bar in bars if all(map(math.isfinite, (bar.value, bar.low, bar.high)))]
     if not bars:
         return ""
     left, row_height = 210, 26
     height = TOP + BOTTOM + row_height * len(bars)
-    axis = _axis([0.0, *(v for bar in bars for v in (bar.low, bar.high))], left, WIDTH - RIGHT, False)
+    ends = [v for bar in bars for v in (bar.low, bar.high)]
+    limit = FAR * median(map(abs, ends))
+    ends = [v for v in ends if abs(v) <= limit] if limit else ends
+    axis = _axis([0.0, *ends], left, WIDTH - RIGHT, False)
     parts = []
     for tick in axis.ticks():
         parts.append(
@@ -210,15 +219,32 @@ def effects(bars: Sequence[Effect], x_title: str) -> str:
         sure = "" if bar.low > 0 or bar.high < 0 else " unsure"
         role = f' data-row="{escape(bar.row)}" tabindex="0" role="button"' if bar.row else ""
         said = f"{bar.label}: {_number(bar.value)} [{_number(bar.low)}, {_number(bar.high)}]"
+        far = "" if not limit or abs(bar.value) <= limit else f" ({bar.value:+.3g})"
+        shown = _cut(bar.label, 32 - len(far)) + far
         parts.append(
             f'<g class="mark s{0 if bar.value > 0 else 1}{sure}"{role}><title>{escape(said)}</title>'
-            f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(_cut(bar.label, 32))}</text>'
+            f'<text class="tick" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(shown)}</text>'
             f'<path class="bar wide" d="M{axis(bar.low):.1f} {y:.1f}H{axis(bar.high):.1f}"/>'
             f'<circle cx="{axis(bar.value):.1f}" cy="{y:.1f}" r="5"/></g>'
         )
     middle = (left + WIDTH - RIGHT) / 2
     parts.append(_text("title", middle, height - 10, x_title))
     return _svg(parts, f"{x_title}, {len(bars)} settings", height)
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own, with the page's light and dark colours."""
+    style = (
+        "svg{--ink:#57606a;--line:#d8dee4;--paper:#fff;--c0:#2857c4;--c1:#c2410c;background:var(--paper);"
+        "font-family:system-ui,sans-serif}@media(prefers-color-scheme:dark){svg{--ink:#9aa4b2;--line:#333b45;"
+        "--paper:#14181d;--c0:#8fb0ff;--c1:#fb9a6b}}text{fill:var(--ink);font-size:12px}.grid{stroke:var(--line)}"
+        ".zero{stroke:var(--ink);stroke-dasharray:4 4}.s0{fill:var(--c0);stroke:var(--c0)}"
+        ".s1{fill:var(--c1);stroke:var(--c1)}.mark text{stroke:none}.bar{stroke-width:4;opacity:.45}"
+        ".unsure>:not(text){opacity:.4}.mark text{fill:var(--ink)}"
+    )
+    opening = '<svg xmlns="http://www.w3.org/2000/svg" '
+    head, _, rest = svg.removeprefix("<svg ").partition(">")
+    return f"{opening}{head}><style>{style}</style>{rest}\n"
 
 
 def _svg(parts: Sequence[str], label: str, height: float = HEIGHT) -> str:

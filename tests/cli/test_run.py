@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qbench.cli.run import METHOD_OPTIONS, run
+from qbench.cli.method_options import METHOD_OPTIONS
+from qbench.cli.run import run
 from qbench.config import RunConfig, read_config
 
 pytestmark = pytest.mark.usefixtures("fake_methods")

@@ -9,7 +9,7 @@ import torch
 from qbench.deploy.folder import write_model
 from qbench.deploy.formats import FORMATS, Format
 from qbench.engine.install import quantized
-from qbench.engine.reconstruct import LaneResult
+from qbench.engine.lane import LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.models.loading import LoadedModel, load_model
 from qbench.quant.uniform import QuantizedWeight

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from qbench.deploy.export import refusal
 from qbench.deploy.fake import FAKE
 from qbench.engine.install import quantized
-from qbench.engine.reconstruct import LaneResult
+from qbench.engine.lane import LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.models.loading import LoadedModel, load_model
 from tests import model_folders

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.lane import LaneResult
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import LaneResult
 from tests.tiny_runs import make_lane, reconstruct_lanes
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.plan import BlockPlan, BlockView, CalibratedRounding, Needs, Rounded
-from qbench.engine.reconstruct import Lane, LaneResult
 from qbench.engine.state import BlockState
 from qbench.quant.clipping import Clipping
 from qbench.quant.grid import Grid

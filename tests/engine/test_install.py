@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qbench.engine.install import on_device, quantized
-from qbench.engine.reconstruct import LaneResult
+from qbench.engine.lane import LaneResult
 from qbench.engine.settings import EngineSettings
 from tests.blocks import blocks_of, relative
 from tests.tiny_runs import CPU, make_lane, naive_logits, reconstruct_lanes, spec_of

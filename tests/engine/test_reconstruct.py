@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import qbench.engine.reconstruct as reconstruct_module
+from qbench.engine import lane_block
 from qbench.engine.capture import block_inputs
 from qbench.engine.checkpoint import Checkpoint
+from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.plan import BlockPlan, BlockView, LossInputs, Needs, Training
 from qbench.engine.prepare import PreparedBlock
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane, LaneResult
 from qbench.errors import NumericalError
 from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
@@ -253,14 +253,14 @@ def test_the_listener_hears_blocks_in_the_order_of_the_stream(tiny_llama, tokens
 def fits(monkeypatch) -> list[dict[str, Tensor]]:
     """What each call of `fit` was given: inputs, target and the target on the same inputs."""
     seen: list[dict[str, Tensor]] = []
-    fit = reconstruct_module.fit
+    fit = lane_block.fit
 
     def spy(prepared, plan, base, grid, inputs, target, same, *rest):
         arrays = {"inputs": inputs, "target": target, "same": same}
         seen.append({k: v.read(0, len(v)).clone() for k, v in arrays.items() if v is not None})
         return fit(prepared, plan, base, grid, inputs, target, same, *rest)
 
-    monkeypatch.setattr(reconstruct_module, "fit", spy)
+    monkeypatch.setattr(lane_block, "fit", spy)
     return seen
 
 

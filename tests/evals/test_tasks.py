@@ -202,6 +202,23 @@ def test_every_model_sees_the_same_examples_and_prompts_are_hashed(tmp_path, fol
     assert load_tasks([str(path)], fewshot=2).fingerprints != tasks.fingerprints
 
 
+def test_models_with_other_tokenizers_share_prepared_tasks(tmp_path, folder) -> None:
+    """Token ids are kept from model to model, but only for the tokenizer that made them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    first = model_folders.tokenizer()
+    words = [word for word, _ in sorted(first.get_vocab().items(), key=lambda item: -item[1])]
+    backward = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backward.pre_tokenizer = pre_tokenizers.Whitespace()
+    second = PreTrainedTokenizerFast(tokenizer_object=backward, bos_token="<s>", eos_token="</s>")
+    path, model = write(tmp_path / "own.jsonl", choice_rows(30)), model_folders.plain_model(folder)
+    alone = load_tasks([str(path)]).score(model, second, CPU)["own/acc"].items
+    shared = load_tasks([str(path)])
+    assert shared.score(model, first, CPU)["own/acc"].items != alone
+    assert shared.score(model, second, CPU)["own/acc"].items == alone
+
+
 def test_the_six_by_one_name_in_a_folder(tmp_path, folder) -> None:
     for name in ("arc_easy_test", "arc_challenge_test", "boolq_val", "hellaswag_val", "piqa_val"):
         write(tmp_path / f"{name}.mc.jsonl", choice_rows(4))

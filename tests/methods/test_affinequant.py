@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qbench.engine.lane import Lane
 from qbench.engine.plan import BlockPlan, BlockView, Needs
 from qbench.engine.progress import Listener
-from qbench.engine.reconstruct import Lane
 from qbench.methods.affinequant import AffineQuant
 from qbench.models.base import BlockSpec
 from qbench.scheme import Scheme
@@ -20,8 +20,8 @@ from tests.tiny_runs import differences, linear_inputs, make_lane, reconstruct_l
 
 COMMON = {
     "parameters": None,
-    "lwc": True, "let": True, "shift": True, "gradual": True, "query_key": "legal", "truncate": "diagonal",
-    "let_lr": 5e-3, "lwc_lr": 1e-2, "alpha": 0.5,
+    "lwc": True, "let": True, "use_value_matrix": True, "shift": True, "gradual": True, "query_key": "legal",
+    "truncate": "diagonal", "let_lr": 5e-3, "lwc_lr": 1e-2, "alpha": 0.5,
 }  # fmt: skip
 WEIGHT_ONLY = {"use_ln_matrix": True, "use_matrix": False, "sf": 1e-2, "epochs": 20, "aug_loss": False}
 TWO_BITS = WEIGHT_ONLY | {"epochs": 40, "aug_loss": True}
@@ -99,6 +99,12 @@ KINDS = [
     ("llama", "W3A16", {}, MATRICES | {"query_key": "diagonal"}),
     ("llama", "W4A4", {}, DIAGONALS | {"query_key": "rotation"}),
     ("llama", "W4A4", {"query_key": "published"}, DIAGONALS | {"query_key": "matrix"}),
+    (
+        "llama",
+        "W3A16",
+        {"use_value_matrix": False},
+        MATRICES | {"value_out": "diagonal", "query_key": "diagonal"},
+    ),
     ("opt", "W3A16", {}, MATRICES | {"query_key": "diagonal"}),
     ("opt", "W4A4", {}, DIAGONALS | {"query_key": "matrix"}),
     ("qwen3", "W4A4", {}, DIAGONALS),
@@ -108,14 +114,14 @@ KINDS = [
 @pytest.mark.parametrize(
     ("family", "scheme", "options", "kinds"),
     KINDS,
-    ids=[f"{f}-{s}{'-published' * bool(o)}" for f, s, o, _ in KINDS],
+    ids=["-".join([family, scheme, *options]) for family, scheme, options, _ in KINDS],
 )
 def test_each_site_has_the_published_kind_of_map(build_tiny, tokens, family, scheme, options, kinds) -> None:
     transforms = planned(build_tiny(family), tokens, scheme, **options).transforms
     assert {t.site.name: t.kind for t in transforms} == kinds
     tied = [t for t in transforms if t.site.name == "query_key" and t.kind == "diagonal"]
     assert all(t.paired == (family != "opt") for t in tied)
-    assert all(t.function_preserving for t in transforms) == (not options)
+    assert all(t.function_preserving for t in transforms) == ("query_key" not in options)
 
 
 # --------------------------------------------------------------------------------- initial values

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from qbench.cli import main
-from qbench.engine.reconstruct import LaneResult
+from qbench.engine.lane import LaneResult
 from qbench.errors import ConfigError, DataError
 from qbench.methods import authors
 from qbench.methods.affinequant import AffineQuant

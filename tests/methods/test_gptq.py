@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import qbench.engine.reconstruct as engine
+from qbench.engine.stream import Stream
 from qbench.errors import UnsupportedSchemeError
 from qbench.methods.gptq import GPTQ
 from qbench.quant.gptq import quantize_columns
@@ -26,13 +26,13 @@ def test_each_linear_is_rounded_with_the_moment_of_its_input(
     build_tiny, tokens, monkeypatch, family, options
 ) -> None:
     moments = []
-    gather = engine._Stream.second_moment
+    gather = Stream.second_moment
 
     def spy(*args):
         moments.append(gather(*args))
         return moments[-1].clone()
 
-    monkeypatch.setattr(engine._Stream, "second_moment", spy)
+    monkeypatch.setattr(Stream, "second_moment", spy)
     model = build_tiny(family)
     state = quantized(model, tokens, "W3A16g16", **options).state(0)
     spec, block = spec_of(model), blocks_of(model)[0]
@@ -130,7 +130,7 @@ def test_recorded_errors_of_both_roundings_are_those_of_a_float64_computation(
 
 
 def test_raised_damping_and_lost_races_are_notes_of_the_row(tiny_llama, tokens, monkeypatch) -> None:
-    gather = engine._Stream.second_moment
+    gather = Stream.second_moment
 
     def spoiled(self, block, role, inputs):
         moment = gather(self, block, role, inputs)
@@ -139,7 +139,7 @@ def test_raised_damping_and_lost_races_are_notes_of_the_row(tiny_llama, tokens, 
         lowest = torch.linalg.eigvalsh(moment.double())[0]
         return moment - float(lowest + 0.05 * moment.diagonal().mean()) * torch.eye(len(moment))
 
-    monkeypatch.setattr(engine._Stream, "second_moment", spoiled)
+    monkeypatch.setattr(Stream, "second_moment", spoiled)
     notes = quantized(tiny_llama, tokens).notes
     assert "block 0 o: gptq raised its damping to 0.08, the Hessian was not positive definite" in notes
     assert all(" o: " in note for note in notes)
