@@ -140,6 +140,9 @@ def figures(environments: Path, work: Path, models: Path, data: Path) -> None:
                     folder = results / "exports" / format_ / certificate.folder
                     qbench("eval", str(folder), "--seqlen", "512", *evaluation, "-o", str(scored))
                 _keep(work)
+    if not (found := work / "arithmetic.json").exists():
+        found.write_text(json.dumps(_arithmetic(environments, work, models, data)))
+    _keep(work)
 
 
 def _rows(folder: Path) -> list[Any]:
@@ -177,28 +180,48 @@ def _foreign(writer: str, environments: Path, work: Path, models: Path, data: Pa
         (scored / "runtime" / "figures.json").write_text(json.dumps(found))
 
 
-def _beside(folder: Path, runtime: str, python: Path, data: Path) -> dict[str, Any]:
-    """What the runtime computes from a folder, against qbench's own reader."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from qbench.deploy import certificate
+def _probe(folder: Path, data: Path) -> tuple[Any, Any]:
+    """A folder's model as qbench reads it, and the tokens [windows, tokens] of the certificates' probe."""
+    from qbench.deploy.certificate import choose_probe
     from qbench.evaluate import scored_text
     from qbench.models.loading import load_model
 
     loaded = load_model(str(folder))
     text = scored_text(f"wikitext2={data / 'wiki.test.joined.txt'}", loaded.tokenizer, 512)
-    probe = certificate.choose_probe(text.windows.ids, text.name, loaded.model.config.vocab_size)
+    return loaded, choose_probe(text.windows.ids, text.name, loaded.model.config.vocab_size).ids
+
+
+def _logits(model: Any, ids: Any) -> Any:
+    import torch
+
     with torch.no_grad():
-        expected = torch.stack([loaded.model(input_ids=w[None]).logits[0].float() for w in probe.ids])
+        return torch.stack([model(input_ids=window[None]).logits[0].float() for window in ids])
+
+
+def _beside(folder: Path, runtime: str, python: Path, data: Path, prepare: Any = None) -> dict[str, Any]:
+    """What the runtime computes from a folder, against qbench's own reader; `prepare` may change the reader's model."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from qbench.deploy import certificate
+
+    loaded, ids = _probe(folder, data)
+    if prepare is not None:
+        prepare(loaded)
+    expected = _logits(loaded.model, ids)
     worker = REPO / "qbench" / "deploy" / "runtime_worker.py"
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        save_file({"ids": probe.ids.contiguous()}, place / "probe.safetensors")
+        role, (_, width) = next(iter(loaded.spec.shapes.items()))
+        linear = f"{loaded.architecture.blocks}.0.{loaded.spec.linears[role]}"
+        asked = {
+            "ids": ids.contiguous(), f"width.{linear}": torch.tensor(width), f"input.{width}": torch.ones(1, width)
+        }  # fmt: skip
+        save_file(asked, place / "probe.safetensors")
         request = {
             "runtime": runtime, "folder": str(folder.resolve()), "dtype": "float32", "threads": 1,
             "probe": str(place / "probe.safetensors"), "answer": str(place / "answer.safetensors"),
-            "blocks": loaded.architecture.blocks, "linears": [],
+            "blocks": loaded.architecture.blocks, "linears": [linear],
         }  # fmt: skip
         (place / "request.json").write_text(json.dumps(request))
         done = subprocess.run(
@@ -211,7 +234,67 @@ def _beside(folder: Path, runtime: str, python: Path, data: Path) -> dict[str, A
         if "error" in reply:
             return reply
         found = load_file(place / "answer.safetensors")["logits"]
-    return {"runtime": runtime, **reply, **certificate.figures(found, expected, probe.ids)}
+    return {"runtime": runtime, **reply, **certificate.figures(found, expected, ids)}
+
+
+def _arithmetic(environments: Path, work: Path, models: Path, data: Path) -> list[dict[str, Any]]:
+    """What types and orders of operations do by themselves, with nothing exported wrongly."""
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qbench.deploy.certificate import figures
+
+    rows = []
+    for name, folder in MODELS.items():
+        loaded, ids = _probe(models / folder, data)
+        exact = _logits(loaded.model, ids)
+        for dtype in (torch.float16, torch.bfloat16):
+            for attention in ("sdpa", "eager"):
+                model = AutoModelForCausalLM.from_pretrained(
+                    models / folder, dtype=dtype, attn_implementation=attention
+                )
+                found = _logits(model.eval(), ids)
+                what = f"unquantized in {str(dtype).removeprefix('torch.')}, {attention} attention"
+                rows.append({"model": folder, "what": what, "beside": "unquantized in float32"})
+                if bool(found.isfinite().all()):
+                    rows[-1] |= figures(found, exact, ids)
+                else:
+                    rows[-1] |= {"kl_mean": math.inf}
+        export = next((work / f"{name}-8" / "exports" / "compressed-tensors").glob("*W8A8KV16"))
+        loaded, _ = _probe(export, data)
+        table = _logits(loaded.model, ids)
+        _round_as_runtimes(loaded)
+        rows.append(
+            {"model": folder, "what": "W8A8KV16, zero points added before rounding", "beside": "after it"}
+        )
+        rows[-1] |= figures(_logits(loaded.model, ids), table, ids)
+        if name == "opt":
+            python = environments / RUNTIMES["transformers"] / "bin" / "python"
+            what = "W8A8KV16 in transformers"
+            beside = "zero points added before rounding, one range for all tokens of two-dimensional inputs"
+            found = _beside(
+                export, "transformers", python, data, lambda loaded: _round_as_runtimes(loaded, True)
+            )
+            rows.append({"model": folder, "what": what, "beside": beside, **found})
+    return rows
+
+
+def _round_as_runtimes(loaded: Any, flat_as_one: bool = False) -> None:
+    """Round inputs of linears as compressed-tensors 0.20.0 does; also where it takes two dimensions for one token."""
+    from qbench.deploy.compressed import round_inputs
+
+    def rounded(module: Any, args: Any) -> Any:
+        x = args[0]
+        whole = flat_as_one and x.ndim == 2
+        return round_inputs(x.reshape(1, -1), 8).reshape(x.shape) if whole else round_inputs(x, 8)
+
+    for block in loaded.blocks:
+        for path in loaded.spec.linears.values():
+            linear = block.get_submodule(path)
+            linear._forward_pre_hooks.clear()
+            linear.register_forward_pre_hook(rounded)
 
 
 def _keep(work: Path) -> None:
@@ -248,7 +331,10 @@ def _keep(work: Path) -> None:
     order = {(name, s): i for i, (name, s) in enumerate((MODELS[n.removesuffix("-8")], s)
                                                        for n, row in ROWS.items() for s in row[2])}  # fmt: skip
     exports.sort(key=lambda e: (order[e["model"], e["scheme"]], e["certificate"]["format"] != "gptq"))
-    DATA.write_text(json.dumps({"exports": exports, "foreign": foreign}, indent=1) + "\n")
+    alone = work / "arithmetic.json"
+    kept = {"exports": exports, "foreign": foreign}
+    kept["arithmetic"] = json.loads(alone.read_text()) if alone.exists() else []
+    DATA.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def render() -> None:
@@ -258,6 +344,7 @@ def render() -> None:
         "figures": _figures(kept["exports"]),
         "sizes": _sizes(kept["exports"]),
         "foreign": _others(kept["foreign"]),
+        "arithmetic": _alone(kept["arithmetic"]),
     }.items():
         begin, end = f"<!-- exports: {name} -->", f"<!-- end of exports: {name} -->"
         before, _, rest = page.partition(begin)
@@ -311,6 +398,15 @@ def _sizes(exports: list[dict[str, Any]]) -> Iterator[str]:
             f"{b['norms_and_biases']:,} | {b['embeddings_and_head']:,} | {b['files']:,} | {b['expected'] + rest:,} | "
             f"{b['files'] / (b['expected'] + rest) - 1:+.2%} |"
         )
+
+
+def _alone(rows: list[dict[str, Any]]) -> Iterator[str]:
+    yield from _head("model", "what", "beside", "KL, nats/token", "top-1", "perplexity on the probe")
+    for r in rows:
+        numbers = "not finite | — | —"
+        if "perplexity" in r:
+            numbers = f"{r['kl_mean']:.1e} | {r['top1_agreement']:.2%} | {r['perplexity']:.3f}"
+        yield f"| {r['model']} | {r['what']} | {r['beside']} | {numbers} |"
 
 
 def _others(foreign: list[dict[str, Any]]) -> Iterator[str]:
