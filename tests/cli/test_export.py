@@ -93,7 +93,9 @@ def test_a_run_exports_its_rows(here) -> None:
 
 def test_what_runtimes_leave_out_of_a_row_is_said_before_it_is_made(here) -> None:
     arguments, _ = here
-    code, _, errors = qbench(*arguments, "--method", "rtn", "--scheme", "W8A8", "--export", "compressed-tensors")
+    code, _, errors = qbench(
+        *arguments, "--method", "rtn", "--scheme", "W8A8", "--export", "compressed-tensors"
+    )
     assert code == 0, errors
     said = " ".join(errors.split())
     assert "they compute W8A8KV16; choose that scheme for a row that equals its export" in said
