@@ -239,14 +239,16 @@ def _folded(task: str, width: int = 14) -> tuple[str, ...]:
 
 
 def format_value(value: float) -> str:
-    """About four significant digits, as papers print a perplexity; never an exponent below 100,000."""
+    """About four significant digits, as papers print a perplexity, three below 0.01: what is not 0 never shows as 0."""
     if not math.isfinite(value):
         return "∞" if value > 0 else MISSING
     size = abs(value)
-    return f"{value:.{_decimals(size)}f}" if size < 1e5 else f"{value:.2e}"
+    return f"{value:.{_decimals(size)}f}" if size == 0 or 1e-6 <= size < 1e5 else f"{value:.2e}"
 
 
 def _decimals(size: float) -> int:
+    if 0 < size < 0.01:
+        return 2 - math.floor(math.log10(size))
     return 3 if size < 10 else 2 if size < 1000 else 1
 
 
@@ -254,7 +256,7 @@ def format_half_width(half_width: float, value: float) -> str:
     """± with the value's decimals, or with one significant digit where those would show ±0."""
     if not math.isfinite(half_width):
         return ""
-    if half_width == 0 or abs(value) >= 1e5:
+    if half_width == 0 or abs(value) >= 1e5 or 0 < abs(value) < 1e-6:
         return f"±{half_width:.2g}"
     return f"±{half_width:.{max(_decimals(abs(value)), -math.floor(math.log10(half_width)))}f}"
 

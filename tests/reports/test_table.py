@@ -206,7 +206,8 @@ def test_missing_is_a_dash_and_an_all_missing_column_is_not_printed() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(1.12345, "1.123"), (9.9994, "9.999"), (25.171, "25.17"), (999.994, "999.99"), (1234.56, "1234.6"),
-     (99999.0, "99999.0"), (123456.0, "1.23e+05"), (float("inf"), "∞"), (float("nan"), "—"), (-0.5, "-0.500")],
+     (99999.0, "99999.0"), (123456.0, "1.23e+05"), (float("inf"), "∞"), (float("nan"), "—"), (-0.5, "-0.500"),
+     (0.0, "0.000"), (0.00042, "0.000420"), (-0.0099, "-0.00990"), (0.01, "0.010"), (3e-9, "3.00e-09")],
 )  # fmt: skip
 def test_values(value: float, text: str) -> None:
     assert format_value(value) == text
