@@ -11,20 +11,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from qbench.engine import attention
+from qbench.engine import attention, product
+from qbench.engine.product import product_dtype
 from qbench.models.base import BlockSpec
 from qbench.quant.fake import fake_quantize
 from qbench.quant.grid import Grid
 from qbench.scheme import Scheme
 from qbench.transforms.tensors import BlockTensors
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which a product with x is computed: autocast's where it is on, else that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class PreparedLinear(nn.Module):
@@ -48,7 +42,7 @@ class PreparedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
-        return functional.linear(self.operand(x), self.weight, self.bias)
+        return product.linear(self.operand(x), self.weight, self.bias)
 
 
 class PreparedNorm(nn.Module):

@@ -39,7 +39,7 @@ def inputs_of(prepared: PreparedBlock, case: Case) -> dict[str, Tensor]:
         return linear(x, weight, bias)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr("qbench.engine.prepare.functional.linear", spy)
+        patch.setattr("qbench.engine.product.functional.linear", spy)
         prepared(case.hidden, **case.kwargs)
     return seen
 
