@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qbench import provenance
 from qbench.cells import Cell, ExecutorConfig, passes
@@ -19,8 +19,10 @@ from qbench.config import PLACES
 from qbench.errors import ConfigError, QbenchError
 from qbench.executors import Event, Executor, Job, LocalExecutor
 from qbench.failures import Failure, FailureStore
-from qbench.planning import PassPlan
 from qbench.results import Result, ResultStore, require_writable
+
+if TYPE_CHECKING:
+    from qbench.planning import PassPlan
 
 POLL_S = 0.2
 
@@ -134,6 +136,26 @@ def make_executor(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
     return LocalExecutor(slots, pinned)
 
 
+def checked(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
+    """The executor of a sweep that has passed `check`; this machine's workers import their code meanwhile.
+
+    Raises:
+        ConfigError: See `check` and `make_executor`.
+    """
+    if config.kind == "ray":
+        check(cells)  # before anybody asks a cluster for anything
+        return make_executor(config, cells)
+    executor = make_executor(config, cells)
+    try:
+        if isinstance(executor, LocalExecutor):
+            executor.warm(len(jobs(cells, executor.slots)))
+        check(cells)
+    except BaseException:
+        executor.close()
+        raise
+    return executor
+
+
 def visible_gpus() -> list[str]:
     """Numbers of the CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     import os
@@ -167,6 +189,8 @@ def plan(cells: Sequence[Cell], watcher: Watcher) -> list[PassPlan]:
     Raises:
         ConfigError: If a probe fails, with its reason.
     """
+    from qbench.planning import PassPlan
+
     executor = LocalExecutor()
     plans: list[PassPlan] = []
     try:

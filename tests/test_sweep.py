@@ -289,6 +289,37 @@ def test_a_killed_worker_leaves_the_same_store_as_none(here) -> None:
     assert FailureStore(here.output).load_all() == [] and len(stored(here.output)) == 2
 
 
+def test_workers_start_while_the_sweep_is_checked(here, monkeypatch) -> None:
+    """The worker that is there before the check takes the job, and goes when the check refuses."""
+    seen: list[psutil.Process] = []
+
+    def looking(cells) -> None:
+        seen.extend(psutil.Process().children())
+        if refuse:
+            raise ConfigError("refused")
+
+    monkeypatch.setattr(sweeps, "check", looking)
+    cells = cells_of(here, methods=["rtn"], schemes=["W4A4"])
+    refuse = True
+    with pytest.raises(ConfigError, match="refused"):
+        sweeps.checked(ExecutorConfig(), cells)
+    (gone,) = seen
+    assert not gone.is_running()
+    refuse = False
+    executor = sweeps.checked(ExecutorConfig(), cells)
+    outcome = sweep(cells, executor, Watching())
+    assert list(outcome.rows) == ["rtn W4A4"] and not outcome.failures
+    assert len(seen) == 2 and not seen[1].is_running() and not psutil.Process().children()
+
+
+def test_a_worker_that_gets_no_job_ends_with_its_sweep() -> None:
+    worker = subprocess.run(
+        [sys.executable, "-m", "qbench.worker"], stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)},
+    )  # fmt: skip
+    assert worker.returncode == 0 and worker.stdout == b""
+
+
 def test_a_worker_does_not_outlive_its_sweep(here) -> None:
     (job,) = jobs(cells_of(here), 1)
     worker = subprocess.Popen(
