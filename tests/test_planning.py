@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,29 @@ def test_a_blocks_time_is_extrapolated_over_windows_epochs_and_iterations(
     assert probe.seconds == pytest.approx(seconds(windows, 20, 200), rel=1e-6)
     assert shared == pytest.approx(0.1 + 0.02 * windows, rel=1e-6)
     assert (probe.work_bytes, probe.gpu_work_bytes, probe.file_bytes) == (5, 7, 9)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "step", "least"), [(0.01, 0.05, 3), (1.0, 0.002, 20)], ids=["a CPU's", "a GPU's"]
+)
+def test_probes_grow_until_they_can_be_told_apart(monkeypatch, fixed: float, step: float, least: int) -> None:
+    """Times that are 3% off at random: where a step is a five-hundredth of what is fixed, two of them say nothing."""
+    noise = random.Random(0)
+    longest = []
+
+    def run(self, method, scheme, k, epochs, iterations, full):
+        full.append((20, 0))
+        longest.append(epochs)
+        seconds = (fixed + step * k * min(epochs, 20)) * noise.uniform(0.97, 1.03)
+        return planning._Run(k, epochs, iterations, seconds, 0.1, 5, 7, None, 9)
+
+    monkeypatch.setattr(planning._Prober, "_run", run)
+    prober = planning._Prober(
+        None, EngineSettings(torch.device("cpu")), torch.zeros(64, 512, dtype=torch.int64), Path("unused")
+    )
+    probe, _ = prober.block(None, None)
+    assert probe.seconds == pytest.approx(fixed + step * 64 * 20, rel=0.2)
+    assert max(longest) <= least
 
 
 METHODS = ["rtn", {"name": "omniquant", "options": {"epochs": 3}}]

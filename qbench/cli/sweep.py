@@ -21,8 +21,7 @@ def _sweep(**given: Any) -> None:
     from qbench import sweep as sweeps
 
     click.echo(f"{len(cells)} cells, checked before anything is computed …", err=True)
-    sweeps.check(cells)
-    executor = sweeps.make_executor(config.executor)
+    executor = sweeps.checked(config.executor, cells)
     from qbench.cli.compare import show
     from qbench.cli.sweep_view import watching
     from qbench.reports.comparison import compare
