@@ -70,7 +70,8 @@ def circumstances(report: Report) -> list[str]:
         )
     if raised:
         lines.append(
-            f"For the shares, rates that a layer of the tables exceeded are raised to that layer's: {'; '.join(raised)}."
+            "For the shares, rates that a layer of the tables exceeded are raised to that layer's: "
+            + f"{'; '.join(raised)}."
         )
     if report.cells:
         lines.append(
