@@ -66,6 +66,7 @@ class Bench:
         )  # fmt: skip
         with self.device:
             model = LlamaForCausalLM(config).eval().requires_grad_(False)
+        model.to(self.autocast or torch.float32)  # half precision, as checkpoints hold it
         model.set_attn_implementation(attention.register())
         self.block = model.model.layers[0]
         self.spec = LLAMA.block_spec(self.block, config)
