@@ -56,6 +56,7 @@ class DeviceLostError(QbenchError):
 # A norm's matrix is sampled near the identity, so that inputs keep their size.
 MATRIX_NOISE = 0.01
 SEED = 0
+BROKEN_ROUND = "in this round"  # begins the message of cells of which nobody knows which one failed
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,7 @@ def _round(
         try:
             timings = interleaved(passes)  # type: ignore[arg-type,assignment]
         except Exception as error:  # see _pack
-            reason = {"status": "failed", "message": f"in this round: {_sentence(error)}"}
+            reason = {"status": "failed", "message": f"{BROKEN_ROUND}: {_sentence(error)}"}
             failed = {i: failed.get(i, reason) for i in range(len(candidates))}
     cells = []
     for i, candidate in enumerate(candidates):

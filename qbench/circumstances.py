@@ -30,7 +30,7 @@ PUBLISHED_SEQ_LEN, EMBEDDED_SEQ_LEN = 2048, 256
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What all rows of a run share."""
+    """What all rows of a pass share."""
 
     config: RunConfig
     loaded: LoadedModel

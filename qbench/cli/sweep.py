@@ -83,4 +83,4 @@ plan = Command(
         Option("Where", ["--restart"], is_flag=True, help="As if there were no earlier results."),
         format_option("Where", ("table", "json")),
     ],
-)  # fmt: skip
+)

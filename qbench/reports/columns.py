@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from qbench.reports.comparison import ACCURACIES, AVERAGE, Comparison, ModelTable, Row, Score, task_keys
+from qbench.reports.comparison import Comparison, ModelTable, Row, Score
+from qbench.reports.measured import ACCURACIES, AVERAGE, task_keys
 from qbench.results import BASELINE, split_metric
 
 MISSING = "—"

@@ -13,19 +13,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from qbench import provenance
 from qbench.errors import ConfigError, DataError, unknown_name
 from qbench.reports import stats
+from qbench.reports.comparability import (
+    comparable,
+    contract_differences,
+    describe_differences,
+    seed_groups,
+    short_value,
+)
+from qbench.reports.measured import ACCURACIES, AVERAGE, Measured, measured, task_keys
 from qbench.results import BASELINE, Metric, Result, ResultStore, split_metric
 
 Source = Result | ResultStore | str | Path | Iterable[Result]
 FORMATS = ("table", "json", "csv", "markdown", "latex")
-NORMAL_95 = 1.959964  # for a metric that kept no items, only a standard error
-ACCURACIES = ("acc", "acc_norm")  # of a task that has both, the papers average acc
-AVERAGE = "average/acc"  # key of the mean over tasks, which no record holds
-CORRECT = "correct"  # items_name of items that are right or wrong, and independent of their neighbours
 
 
 @dataclass(frozen=True)
@@ -222,97 +225,6 @@ def _read(source: Source) -> Iterable[Result]:
     return source.load_all() if isinstance(source, ResultStore) else source
 
 
-def contract_differences(results: Sequence[Result]) -> dict[str, tuple[str, ...]] | None:
-    """What forbids ranking these rows of one model together: field to its values, one per contract.
-
-    None if nothing does. Empty if their contracts differ in fields that were not recorded.
-    """
-    sides: dict[tuple[str, str], Result] = {}
-    for result in results:
-        sides.setdefault((result.contract, result.model_fingerprint), result)
-    if len(sides) < 2:
-        return None
-    fields = [{"model_fingerprint": r.model_fingerprint, **r.contract_fields} for r in sides.values()]
-    found = provenance.differences(fields)
-    if not found and all(map(_explains_its_contract, sides.values())):
-        return None
-    return {
-        name: tuple("(not recorded)" if value is None else _short(value) for value in values)
-        for name, values in found.items()
-    }
-
-
-def describe_differences(differences: Mapping[str, Sequence[str]]) -> str:
-    """The differences as a sentence says them: every field with its distinct values."""
-    distinct = {name: list(dict.fromkeys(values)) for name, values in differences.items()}
-    return (
-        ", ".join(
-            f"{name} ({' / '.join(values[:4])}{' / …' if len(values) > 4 else ''})"
-            for name, values in distinct.items()
-        )
-        or "fields that were not recorded"
-    )
-
-
-def _explains_its_contract(result: Result) -> bool:
-    """Whether the recorded fields are those that the hash was made of, so that they can be compared instead of it."""
-    return provenance.contract(result.contract_fields)[0] == result.contract
-
-
-def comparable(one: Result, other: Result, key: str | None = None) -> bool:
-    """Whether two rows may be ranked together, on one metric or in general.
-
-    With equal contracts they may; else if they differ in nothing but what else they were measured on.
-    """
-    if one.contract == other.contract:
-        return True
-    if not (_explains_its_contract(one) and _explains_its_contract(other)):
-        return False
-    fields = one.contract_fields, other.contract_fields
-    if not provenance.same_base(*fields):
-        return False
-    return key is None or same_evaluation(one, other, key)
-
-
-def same_evaluation(one: Result, other: Result, key: str) -> bool:
-    """Whether one metric was measured on the same thing, whatever else differs."""
-    sides = [provenance.evaluation_of(result.contract_fields, key) for result in (one, other)]
-    return sides[0] is not None and sides[0] == sides[1]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    if len(text) > 40 and " " not in text:
-        return text[:12] + "…"  # a hash
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-def seed_groups(results: Iterable[Result]) -> list[tuple[Result, ...]]:
-    """Gather records that differ by their calibration seed alone, in the order of the seeds.
-
-    The full-precision model has no calibration: its records are one row. Records of the same seed stay apart.
-    """
-    groups: dict[str, list[dict[str, Result]]] = {}
-    for result in results:
-        seed = "none" if result.is_baseline else provenance.calibration_fingerprint(result.contract_fields)
-        request = [
-            result.contract, result.model_fingerprint, result.method, result.scheme, result.options,
-            None if result.is_baseline else (result.config.get("compute") or {}).get("batch_size"),
-            result.id if seed is None else None,
-        ]  # fmt: skip
-        lanes = groups.setdefault(json.dumps(request, sort_keys=True, default=str), [])
-        lane = next((lane for lane in lanes if seed not in lane), None)
-        if lane is None:
-            lanes.append(lane := {})
-        lane[seed or ""] = result
-    return [tuple(sorted(lane.values(), key=_seed)) for lanes in groups.values() for lane in lanes]
-
-
-def _seed(result: Result) -> int:
-    seed = result.calibration.get("seed", result.config.get("calibration", {}).get("seed"))
-    return seed if isinstance(seed, int) else 0
-
-
 @dataclass
 class _Draft:
     """A row while its block is being put together."""
@@ -370,17 +282,6 @@ def _model_table(
     )
 
 
-def task_keys(metrics: Iterable[str]) -> tuple[str, ...]:
-    """One accuracy of every task, those that the average is of."""
-    found: dict[str, str] = {}
-    for name in ACCURACIES:
-        for key in metrics:
-            task, metric = split_metric(key)
-            if metric == name:
-                found.setdefault(task, key)
-    return tuple(key for key in metrics if key in found.values())
-
-
 def _with_average(metrics: tuple[str, ...], tasks: Sequence[str]) -> tuple[str, ...]:
     if len(tasks) < 2:
         return metrics
@@ -403,116 +304,12 @@ def _name(drafts: list[_Draft]) -> None:
         same = [other.result for other in drafts if other.result.method == draft.result.method]
         keys = dict.fromkeys(key for result in same for key in result.options)
         differing = [key for key in keys if len({json.dumps(result.options.get(key)) for result in same}) > 1]
-        settings = [f"{key}={_short(draft.result.options.get(key, 'default'))}" for key in differing]
+        settings = [f"{key}={short_value(draft.result.options.get(key, 'default'))}" for key in differing]
         draft.label = " ".join([draft.result.method, *settings])
     names = [(draft.label, draft.result.contract) for draft in drafts]
     for draft, name in zip(drafts, names, strict=True):
         if names.count(name) > 1:
             draft.label += f" #{draft.result.id[:6]}"
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """One metric of one row with everything that statistics need: the records' values and their items.
-
-    Attributes:
-        values: One per seed.
-        scores: Items, None where some record kept none.
-        log_scale: Whether items are losses of which the value is the exponential.
-        stderr: What the record says, for want of items.
-        chance: What guessing gives; of an average, on average.
-    """
-
-    values: tuple[float, ...]
-    scores: stats.Scores | None
-    log_scale: bool
-    higher_is_better: bool
-    stderr: float | None
-    chance: float | None
-    what: tuple[tuple[str, str], ...]  # items' name and protocol of every task: only equal ones are paired
-
-    @property
-    def value(self) -> float:
-        """The mean over seeds: of losses where the value is on a log scale."""
-        if len(self.values) == 1:
-            return self.values[0]
-        if self.log_scale and self.scores is not None:
-            return math.exp(self.scores.mean) if self.scores.mean < 700 else math.inf
-        return math.fsum(self.values) / len(self.values)
-
-    @cached_property
-    def interval(self) -> tuple[float, float, float] | None:
-        """Half width and ends of the value's own 95% interval."""
-        own = stats.interval_of(self.scores) if self.scores is not None else None
-        if own is None:
-            if self.stderr is None or len(self.values) > 1:
-                return None
-            reach = NORMAL_95 * self.stderr
-            return reach, self.value - reach, self.value + reach
-        if self.log_scale:
-            # A few windows of a collapsed model may differ by hundreds of nats.
-            low, high = (math.exp(min(end, 700)) for end in (own.low, own.high))
-            return self.value * own.half_width, low, high
-        return own.half_width, own.low, own.high
-
-    def pairs_with(self, other: Measured) -> bool:
-        """Whether two were measured item by item on the same items (their contracts being equal)."""
-        return (
-            self.scores is not None
-            and other.scores is not None
-            and self.what == other.what
-            and self.scores.pairs_with(other.scores)
-        )
-
-
-def measured(results: Sequence[Result], key: str, tasks: Sequence[str] = ()) -> Measured | None:
-    """One metric of a row, or the average of its tasks; None where a record lacks it.
-
-    Args:
-        results: Of all seeds of the row.
-        key: Of `Result.metrics`, or `AVERAGE`.
-        tasks: What the average is of.
-    """
-    keys = tasks if key == AVERAGE else (key,)
-    per_seed = [[result.metrics.get(k) for k in keys] for result in results]
-    rows = [[metric for metric in row if metric is not None] for row in per_seed]
-    if any(len(row) < len(keys) for row in rows):
-        return None
-    first = rows[0]
-    what = tuple((metric.items_name, metric.protocol) for metric in first)
-    values = tuple(math.fsum(metric.value for metric in row) / len(row) for row in rows)
-    return Measured(
-        values=values,
-        scores=_scores(rows, results),
-        log_scale=len(first) == 1 and first[0].log_scale,
-        higher_is_better=first[0].higher_is_better,
-        stderr=first[0].stderr if len(first) == 1 else None,
-        chance=_chance(first),
-        what=what,
-    )
-
-
-def _chance(metrics: Sequence[Metric]) -> float | None:
-    known = [metric.chance for metric in metrics if metric.chance is not None]
-    return math.fsum(known) / len(known) if len(known) == len(metrics) else None
-
-
-def _scores(rows: Sequence[Sequence[Metric]], results: Sequence[Result]) -> stats.Scores | None:
-    """Items by task and seed, if all were kept and are of one kind."""
-    tasks = list(zip(*rows, strict=True))
-    for task in tasks:
-        if len({(m.items_name, m.protocol, len(m.items or ())) for m in task}) > 1 or not task[0].items:
-            return None
-    independent = {task[0].items_name == CORRECT for task in tasks}
-    if len(independent) > 1:
-        return None
-    strata = tuple(tuple(metric.items or () for metric in task) for task in tasks)
-    seeds = tuple(
-        None if len(results) == 1 and r.is_baseline
-        else provenance.calibration_fingerprint(r.contract_fields) or _seed(r)
-        for r in results
-    )  # fmt: skip
-    return stats.Scores(strata, seeds, independent.pop())
 
 
 def _score(

@@ -21,8 +21,9 @@ from qbench.reports.columns import (
     format_value,
     most,
 )
-from qbench.reports.comparison import ACCURACIES, AVERAGE, Score
+from qbench.reports.comparison import Score
 from qbench.reports.leaderboard import Entry, Section
+from qbench.reports.measured import ACCURACIES, AVERAGE
 from qbench.results import BASELINE, split_metric
 
 Mark = Literal["best", "tied", "second"]

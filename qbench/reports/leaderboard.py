@@ -14,18 +14,9 @@ from typing import Any, Literal
 
 from qbench.errors import unknown_name
 from qbench.reports import stats
-from qbench.reports.comparison import (
-    AVERAGE,
-    Comparison,
-    Measured,
-    ModelTable,
-    Row,
-    Score,
-    comparable,
-    compare,
-    measured,
-    task_keys,
-)
+from qbench.reports.comparability import comparable
+from qbench.reports.comparison import Comparison, ModelTable, Row, Score, compare
+from qbench.reports.measured import AVERAGE, Measured, measured, task_keys
 from qbench.results import BASELINE, Result, split_metric
 from qbench.scheme import Scheme
 

@@ -20,7 +20,6 @@ from qbench import __version__
 from qbench.reports import figures
 from qbench.reports.bibliography import references
 from qbench.reports.columns import MISSING, format_half_width, format_value
-from qbench.reports.comparison import AVERAGE
 from qbench.reports.drawing import as_latex
 from qbench.reports.layouts import (
     PERCENT,
@@ -34,6 +33,7 @@ from qbench.reports.layouts import (
     short_name,
 )
 from qbench.reports.leaderboard import Entry, Section
+from qbench.reports.measured import AVERAGE
 from qbench.results import Result, split_metric
 
 TITLE = "Quantization results"

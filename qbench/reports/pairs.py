@@ -19,17 +19,13 @@ from typing import Any, Literal
 from qbench.errors import ConfigError
 from qbench.reports import stats
 from qbench.reports.columns import SHORT_NAMES, format_half_width, format_value
-from qbench.reports.comparison import (
-    AVERAGE,
-    CORRECT,
-    Measured,
+from qbench.reports.comparability import (
     contract_differences,
     describe_differences,
-    measured,
     same_evaluation,
     seed_groups,
-    task_keys,
 )
+from qbench.reports.measured import AVERAGE, CORRECT, Measured, measured, task_keys
 from qbench.results import Result, split_metric
 
 FORMATS = ("table", "json", "csv")

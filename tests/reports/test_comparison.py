@@ -20,7 +20,8 @@ from scipy import stats as scipy_stats
 
 from qbench.errors import ConfigError, DataError
 from qbench.reports import stats
-from qbench.reports.comparison import compare, task_keys
+from qbench.reports.comparison import compare
+from qbench.reports.measured import task_keys
 from qbench.results import BASELINE, Metric, Result, ResultStore, TransformRecord
 
 KEY = "wikitext2/perplexity"

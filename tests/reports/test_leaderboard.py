@@ -17,8 +17,8 @@ from fake_results import (
 )
 
 from qbench.errors import ConfigError, DataError
-from qbench.reports.comparison import AVERAGE
 from qbench.reports.leaderboard import Entry, sections
+from qbench.reports.measured import AVERAGE
 
 
 def by_name(entries: tuple[Entry, ...]) -> dict[tuple[str, str], Entry]:
