@@ -92,6 +92,8 @@ ROWS: dict[str, tuple[str, list[str], tuple[str, ...], tuple[str, ...]]] = {
         "-8": ("rtn", [], ("W8A8KV16", "W8A8"), ("compressed-tensors",)),
     }.items()
 }
+FORMATS = ("gptq", "awq", "compressed-tensors")
+MORE = {("llama", "W4A16g128"): ("awq",)}
 LIMIT = ["--limit", "40", "--threads", "1"]
 
 
@@ -121,7 +123,7 @@ def figures(environments: Path, work: Path, models: Path, data: Path) -> None:
             qbench("run", "--model", str(model), "--method", method, *wanted, *given, *calibration,
                    "--seqlen", "512", *evaluation, "-o", str(results))  # fmt: skip
         for scheme in schemes:
-            for format_ in formats:
+            for format_ in (*formats, *MORE.get((name, scheme), ())):
                 row = next(row for row in _rows(results) if row.scheme == scheme)
                 if not any(c.format == format_ for c in row.certificates):
                     qbench(
@@ -303,7 +305,8 @@ def _keep(work: Path) -> None:
     for name, (_, _, schemes, formats) in ROWS.items():
         for row in _rows(work / name):
             for certificate in row.certificates:
-                if row.scheme not in schemes or certificate.format not in formats:
+                wanted = (*formats, *MORE.get((name, row.scheme), ()))
+                if row.scheme not in schemes or certificate.format not in wanted:
                     continue
                 scored = _rows(work / "scored" / f"{name}-{row.scheme}-{certificate.format}")
                 exports.append(
@@ -330,7 +333,7 @@ def _keep(work: Path) -> None:
             )
     order = {(name, s): i for i, (name, s) in enumerate((MODELS[n.removesuffix("-8")], s)
                                                        for n, row in ROWS.items() for s in row[2])}  # fmt: skip
-    exports.sort(key=lambda e: (order[e["model"], e["scheme"]], e["certificate"]["format"] != "gptq"))
+    exports.sort(key=lambda e: (order[e["model"], e["scheme"]], FORMATS.index(e["certificate"]["format"])))
     alone = work / "arithmetic.json"
     kept = {"exports": exports, "foreign": foreign}
     kept["arithmetic"] = json.loads(alone.read_text()) if alone.exists() else []
@@ -380,7 +383,8 @@ def _of(check: dict[str, Any], certificate: dict[str, Any]) -> str:
     verdict = "verified" if check["verified"] else f"FAILED at {check['failed_at'].partition(' (')[0]}"
     if check.get("kl_mean") is None:
         return f"— | — | — | {verdict}"
-    ppl = f"{certificate['reference_perplexity']:.3f} → {check['perplexity']:.3f}"
+    reference = check.get("reference_perplexity") or certificate["reference_perplexity"]
+    ppl = f"{reference:.3f} → {check['perplexity']:.3f}"
     return f"{check['kl_mean']:.1e} | {check['top1_agreement']:.2%} | {ppl} | {verdict}"
 
 
