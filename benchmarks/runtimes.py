@@ -241,8 +241,6 @@ def _beside(folder: Path, runtime: str, python: Path, data: Path, prepare: Any =
 
 def _arithmetic(environments: Path, work: Path, models: Path, data: Path) -> list[dict[str, Any]]:
     """What types and orders of operations do by themselves, with nothing exported wrongly."""
-    import math
-
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -262,8 +260,6 @@ def _arithmetic(environments: Path, work: Path, models: Path, data: Path) -> lis
                 rows.append({"model": folder, "what": what, "beside": "unquantized in float32"})
                 if bool(found.isfinite().all()):
                     rows[-1] |= figures(found, exact, ids)
-                else:
-                    rows[-1] |= {"kl_mean": math.inf}
         export = next((work / f"{name}-8" / "exports" / "compressed-tensors").glob("*W8A8KV16"))
         loaded, _ = _probe(export, data)
         table = _logits(loaded.model, ids)
@@ -334,6 +330,13 @@ def _keep(work: Path) -> None:
     order = {(name, s): i for i, (name, s) in enumerate((MODELS[n.removesuffix("-8")], s)
                                                        for n, row in ROWS.items() for s in row[2])}  # fmt: skip
     exports.sort(key=lambda e: (order[e["model"], e["scheme"]], FORMATS.index(e["certificate"]["format"])))
+    for row in _rows(work / "llama"):
+        if row.is_baseline:
+            written = {
+                "writer": "nobody: full precision",
+                "perplexity": row.metrics["wikitext2/perplexity"].value,
+            }
+            foreign.insert(0, {**written, "beside": None})
     alone = work / "arithmetic.json"
     kept = {"exports": exports, "foreign": foreign}
     kept["arithmetic"] = json.loads(alone.read_text()) if alone.exists() else []
