@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -508,12 +509,17 @@ def speeds(
     Yields:
         Rows as they are found, or a sentence for a row that could not be made.
     """
-    known = {(s.model, s.backend, s.scheme, s.dtype, s.batch, s.prompt_tokens, s.new_tokens) for s in done}
+    known = {
+        (s.model, s.backend, s.scheme, s.dtype, s.batch, s.prompt_tokens, s.new_tokens, s.checkpoint)
+        for s in done
+    }
+    lane = Path(work.checkpoint).name if work.checkpoint is not None else None
     for backend_name, backend in backends.items():
         dtype = backend.dtypes(device)[0]
         for scheme in (None, *schemes):
             row = ("none", "W16A16") if scheme is None else (backend_name, str(scheme))
-            key = (name, *row, _name(dtype), work.batch, work.prompt_tokens, work.new_tokens)
+            of_row = None if scheme is None else lane
+            key = (name, *row, _name(dtype), work.batch, work.prompt_tokens, work.new_tokens, of_row)
             if key in known:
                 continue
             known.add(key)
@@ -547,7 +553,7 @@ def _pack_model(model: Any, scheme: Scheme, backend: Backend, checkpoint: str | 
 
 
 def _speed(key: tuple, found: Generation, model: Any, work: Generating) -> Speed:
-    name, backend, scheme, dtype, batch, prompt_tokens, new_tokens = key
+    name, backend, scheme, dtype, batch, prompt_tokens, new_tokens, checkpoint = key
     tensors = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in (*model.parameters(), *model.buffers())
@@ -555,7 +561,7 @@ def _speed(key: tuple, found: Generation, model: Any, work: Generating) -> Speed
     }
     notes = list(found.notes)
     if backend != "none":
-        notes.append("codes of a finished run" if work.checkpoint else "rounded to nearest")
+        notes.append("codes of a finished run" if checkpoint else "rounded to nearest")
     return Speed(
         model=name,
         backend=backend,
@@ -569,6 +575,7 @@ def _speed(key: tuple, found: Generation, model: Any, work: Generating) -> Speed
         graphed_tokens_per_s=batch / found.graphed_step_s if found.graphed_step_s else None,
         weight_bytes=sum(tensors.values()),
         peak_bytes=found.peak_bytes,
+        checkpoint=checkpoint,
         notes=notes,
     )
 

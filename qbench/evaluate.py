@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,16 +194,6 @@ def scored_text(
         )
     words = word_text(name, text.text, rolling, limit) if rolling else None
     return ScoredText(name, windows, protocol, text.fingerprint, len(every.ids), words)
-
-
-def guesses(metrics: Mapping[str, Metric]) -> list[str]:
-    """A note that names the accuracies whose 95% interval reaches down to guessing; none if there are none."""
-    weak = [
-        f"{name} ({metric.chance:.2g})"
-        for name, metric in metrics.items()
-        if metric.chance is not None and metric.value - 1.96 * (metric.stderr or 0) <= metric.chance
-    ]
-    return [f"not above guessing: {', '.join(weak)}"] if weak else []
 
 
 def score(

@@ -136,6 +136,7 @@ class Speed(_Record):
         graphed_tokens_per_s: The same steps replayed as one CUDA graph each, None where that is not possible.
         weight_bytes: Parameters and buffers of the model.
         peak_bytes: Device memory at its highest, None on a CPU.
+        checkpoint: Folder name of the finished lane whose codes were packed; None: rounded to nearest on the spot.
     """
 
     model: str
@@ -150,6 +151,7 @@ class Speed(_Record):
     graphed_tokens_per_s: float | None = None
     weight_bytes: int
     peak_bytes: int | None = None
+    checkpoint: str | None = None
     notes: list[str] = []
 
 

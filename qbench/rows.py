@@ -26,7 +26,6 @@ from qbench.evaluate import (
     baseline_cache,
     cache_scores,
     cached_scores,
-    guesses,
     reference_folder,
     score,
     write_references,
@@ -242,7 +241,7 @@ def _record(
         cost=cost,
         contract=common.contract,
         contract_fields=common.fields,
-        notes=list(dict.fromkeys(notes + guesses(scores.metrics))),
+        notes=list(dict.fromkeys(notes)),
         transforms=result.transforms[0] if result is not None and result.transforms else [],
         blocks=result.records if result is not None else [],
         config=request.model_dump(mode="json", exclude=PLACES),  # where files lie changes no number

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qbench import provenance
 from qbench.cells import Cell, ExecutorConfig, passes
@@ -19,8 +19,10 @@ from qbench.config import PLACES
 from qbench.errors import ConfigError, QbenchError
 from qbench.executors import Event, Executor, Job, LocalExecutor
 from qbench.failures import Failure, FailureStore
-from qbench.planning import PassPlan
 from qbench.results import Result, ResultStore, require_writable
+
+if TYPE_CHECKING:
+    from qbench.planning import PassPlan
 
 POLL_S = 0.2
 
@@ -114,8 +116,12 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def make_executor(config: ExecutorConfig) -> Executor:
+def make_executor(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
     """The executor that a sweep asks for.
+
+    Args:
+        config: Which, and how many workers.
+        cells: What it will compute: cells that are all for the CPU get one worker, however many GPUs there are.
 
     Raises:
         ConfigError: If Ray is asked for and not installed.
@@ -124,10 +130,30 @@ def make_executor(config: ExecutorConfig) -> Executor:
         from qbench.ray_executor import RayExecutor
 
         return RayExecutor(config)
-    devices = visible_gpus()
+    devices = [] if all(cell.config.compute.device == "cpu" for cell in cells) else visible_gpus()
     slots = config.workers or max(1, len(devices))
     pinned = [devices[i % len(devices)] for i in range(slots)] if len(devices) > 1 else []
     return LocalExecutor(slots, pinned)
+
+
+def checked(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
+    """The executor of a sweep that has passed `check`; this machine's workers import their code meanwhile.
+
+    Raises:
+        ConfigError: See `check` and `make_executor`.
+    """
+    if config.kind == "ray":
+        check(cells)  # before anybody asks a cluster for anything
+        return make_executor(config, cells)
+    executor = make_executor(config, cells)
+    try:
+        if isinstance(executor, LocalExecutor):
+            executor.warm(len(jobs(cells, executor.slots)))
+        check(cells)
+    except BaseException:
+        executor.close()
+        raise
+    return executor
 
 
 def visible_gpus() -> list[str]:
@@ -163,6 +189,8 @@ def plan(cells: Sequence[Cell], watcher: Watcher) -> list[PassPlan]:
     Raises:
         ConfigError: If a probe fails, with its reason.
     """
+    from qbench.planning import PassPlan
+
     executor = LocalExecutor()
     plans: list[PassPlan] = []
     try:

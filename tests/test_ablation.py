@@ -276,7 +276,9 @@ def test_cells_carry_the_users_options_and_the_change() -> None:
 def test_the_command_line(tmp_path, build_tiny, monkeypatch) -> None:
     here = Setting(tmp_path, build_tiny)
     executors: list[Here] = []
-    monkeypatch.setattr(sweeps, "make_executor", lambda config: executors.append(Here()) or executors[-1])
+    monkeypatch.setattr(
+        sweeps, "make_executor", lambda config, cells: executors.append(Here()) or executors[-1]
+    )
     arguments = ["ablate", "--model", here.model, "--method", "omniquant", "--scheme", "W4A4", "--epochs", 1]
     arguments += ["--switch", "let", "--switch", "lwc", "--samples", 2, "--calib-dataset", here.calibration]
     arguments += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 import tomllib
@@ -14,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from qbench.methods import METHODS
+from qbench.methods.conformance import check as conformance
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import extremes, round_to_nearest
 
@@ -66,7 +69,60 @@ def leastsquares(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("group_size", [None, 16], ids=["per_channel", "per_group"])
 def test_the_worked_example_beats_rtn(leastsquares: ModuleType, group_size: int | None) -> None:
     weight, grid = torch.randn(8, 64), Grid(3, group_size=group_size)
-    low, high = extremes(weight, grid)
-    rounded = leastsquares.LeastSquares().plan(None).rounding(weight, low, high, grid)
-    error = (rounded.dequantize() - weight).square().mean()
-    assert error < 0.95 * (round_to_nearest(weight, low, high, grid).dequantize() - weight).square().mean()
+    x = torch.randn(200, 64) * torch.linspace(0.1, 3, 64)
+    moment = x.T @ x / 200
+    rounded = leastsquares.shrink_and_round(weight, moment, None, grid, steps=20).weight
+    nearest = round_to_nearest(weight, *extremes(weight, grid), grid)
+    error, floor = ((x @ (w.dequantize() - weight).T).square().mean() for w in (rounded, nearest))
+    assert error < 0.98 * floor
+
+
+def test_the_worked_example_needs_one_file_and_one_line(
+    leastsquares: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its line in the registry it is a method: everything that must hold of one holds, compositions included."""
+    line = re.search(r'^ +"leastsquares": "(.*)",$', (REPO / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert line is not None and line[1] == "qbench.methods.leastsquares:LeastSquares"
+    monkeypatch.setitem(sys.modules, "qbench.methods.leastsquares", leastsquares)
+    monkeypatch.setitem(METHODS.builtin, "leastsquares", line[1])
+    failed = [f"{fact.fact}: {fact.detail}" for fact in conformance("leastsquares") if not fact.passed]
+    assert failed == []
+    assert METHODS.load("smoothquant+leastsquares").part_classes[1] is leastsquares.LeastSquares
+
+
+# Everything that a method is handed to, and none of what knows the papers' tables or file formats of the same name.
+BLIND = [
+    "engine",
+    "transforms",
+    "quant",
+    "data",
+    "evals",
+    "models/base.py",
+    "models/llama.py",
+    "models/opt.py",
+    "runner.py",
+    "rows.py",
+    "scoring.py",
+    "sweep.py",
+    "cells.py",
+    "worker.py",
+    "executors.py",
+    "ablation.py",
+    "planning.py",
+    "verification.py",
+    "evaluate.py",
+    "results.py",
+]
+
+
+def test_each_method_is_one_file_and_one_line() -> None:
+    assert METHODS.builtin == {
+        name: f"qbench.methods.{name}:{target.partition(':')[2]}" for name, target in METHODS.builtin.items()
+    }
+    paths = [REPO / "qbench" / part for part in BLIND]
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    assert len(files) > 40
+    for file in files:
+        constants = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Constant))
+        named = {node.value for node in constants if isinstance(node.value, str)} & set(METHODS.builtin)
+        assert named == set(), f"{file.relative_to(REPO)} knows a method by name"

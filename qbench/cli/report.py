@@ -37,6 +37,13 @@ FORMATS = ("table", "markdown", "latex", "csv", "html")
 @click.option(
     "--metric", "metrics", multiple=True, metavar="KEY", help="Only these, such as wikitext2/perplexity."
 )
+@click.option(
+    "--bench",
+    "benches",
+    multiple=True,
+    metavar="FILE",
+    help="Latency from a report of `qbench bench --end-to-end`; repeatable.",
+)
 @click.option("--intervals/--no-intervals", default=True, help="± behind values. Default: on.")
 @click.option(
     "--baseline", default=BASELINE, show_default=True, help="Method that the others are divided by."
@@ -48,6 +55,7 @@ def report(
     layout: str,
     columns: str,
     metrics: tuple[str, ...],
+    benches: tuple[str, ...],
     intervals: bool,
     baseline: str,
 ) -> None:
@@ -62,7 +70,13 @@ def report(
     from qbench.reports.report import render
     from qbench.results import ResultStore
 
-    found = sections([row for folder in folders for row in ResultStore(folder).load_all()], baseline)
+    rows = [row for folder in folders for row in ResultStore(folder).load_all()]
+    if benches:
+        from qbench.cli.bench import read
+        from qbench.reports.speeds import with_latency
+
+        rows = with_latency(rows, [read(Path(name)) for name in benches])
+    found = sections(rows, baseline)
     if format_ == "table" and output is None:
         from rich.console import Console
 

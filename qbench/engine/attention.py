@@ -18,7 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qbench.quant.fake import fake_quantize
+from qbench.engine.product import product_dtype
+from qbench.quant.fake import bound_by_operations, fake_quantize
 from qbench.quant.grid import Grid
 
 NAME = "qbench"
@@ -40,15 +41,46 @@ class Operands:
     key_value: Grid | None
     granularity: Literal["per_head", "per_token"] = "per_head"
 
-    def quantize(self, x: Tensor, grid: Grid | None) -> Tensor:
-        """Fake-quantize [batch, heads, tokens, head_dim]."""
+    def quantize(
+        self, query: Tensor, key: Tensor, value: Tensor, out_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fake-quantize operands [batch, heads, tokens, head_dim]; small ones on a CPU all three in one call.
+
+        Args:
+            query: After rotary embedding, which may have widened it.
+            key: Likewise.
+            value: Heads as many as those of `key`.
+            out_dtype: Of the results; default those of the operands.
+        """
+        operands = (query, key, value)
+        grids = (self.query, self.key_value, self.key_value)
+        if not self._in_one_call(operands):
+            query, key, value = (
+                self._quantize(x, grid, out_dtype) for x, grid in zip(operands, grids, strict=True)
+            )
+            return query, key, value
+        together = self._quantize(torch.cat(operands, 1), self.query, out_dtype)
+        query, key, value = together.split([x.shape[1] for x in operands], 1)
+        return query, key, value
+
+    def _in_one_call(self, operands: tuple[Tensor, ...]) -> bool:
+        return (
+            self.query is not None
+            and self.query == self.key_value
+            and self.granularity == "per_head"
+            and len({(x.dtype, x.shape[2:]) for x in operands}) == 1
+            and all(bound_by_operations(x) for x in operands)
+        )
+
+    def _quantize(self, x: Tensor, grid: Grid | None, out_dtype: torch.dtype | None) -> Tensor:
         if grid is None:
             return x
-        if self.granularity == "per_head":
-            return fake_quantize(x, grid)
-        batch, heads, tokens, width = x.shape
-        rows = x.transpose(1, 2).reshape(batch, tokens, heads * width)
-        return fake_quantize(rows, grid).reshape(batch, tokens, heads, width).transpose(1, 2)
+        rows = x.transpose(1, 2)  # as projections leave it in memory: [batch, tokens, heads, head_dim]
+        if self.granularity == "per_token":
+            return fake_quantize(rows.flatten(2), grid, out_dtype=out_dtype).view(rows.shape).transpose(1, 2)
+        if rows.is_contiguous():
+            return fake_quantize(rows, grid, out_dtype=out_dtype).transpose(1, 2)
+        return fake_quantize(x, grid, out_dtype=out_dtype)
 
 
 @dataclass
@@ -67,11 +99,11 @@ def attention(
 ) -> tuple[Tensor, None]:
     """SDPA over operands fake-quantized as the block's `Operands` say; records maps where the block has `Maps`."""
     operands: Operands | None = getattr(module, ATTRIBUTE, None)
-    if operands is not None:
-        query = operands.quantize(query, operands.query)
-        key = operands.quantize(key, operands.key_value)
-        value = operands.quantize(value, operands.key_value)
     maps: Maps | None = getattr(module, MAPS, None)
+    if operands is not None:
+        # maps are computed in float32, the product in autocast's type
+        dtype = product_dtype(query) if maps is None else None
+        query, key, value = operands.quantize(query, key, value, dtype)
     if maps is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     per_head = probabilities(query, key, attention_mask, kwargs.get("scaling"))

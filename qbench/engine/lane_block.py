@@ -165,14 +165,17 @@ class LaneBlock:
             }
         rounded = {}
         seen = folded.copy()
-        for roles in self.prepared.spec.shared_inputs:
+        shared = self.prepared.spec.shared_inputs
+        for stage in [[roles] for roles in shared] if rounding.sequential else [shared]:
             self.prepared.load(seen)
             self._operands(stream)
-            moment = stream.second_moment(self.prepared, roles[0], self.q_inputs)
-            for role in roles:
-                rounded[role] = rounding.rule(folded.weight[role], moment, ranges(role), grid)
-                if rounding.sequential:
-                    seen.weight[role] = rounded[role].weight.dequantize()
+            moments = stream.second_moments(self.prepared, [roles[0] for roles in stage], self.q_inputs)
+            for roles in stage:
+                for role in roles:
+                    rounded[role] = rounding.rule(folded.weight[role], moments[roles[0]], ranges(role), grid)
+                    if rounding.sequential:
+                        seen.weight[role] = rounded[role].weight.dequantize()
+                del moments[roles[0]]
         return rounded
 
     def _finish(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from qbench.engine.plan import LossInputs
+from qbench.quant.fake import has_triton
 
 PROBABILITY_FLOOR = (
     1e-10  # of attention maps inside a logarithm: large logits leave exact zeros beside the diagonal
@@ -16,13 +20,47 @@ PROBABILITY_FLOOR = (
 
 def mse(inputs: LossInputs) -> Tensor:
     """Mean squared error to the full-precision path."""
-    return functional.mse_loss(inputs.output.to(inputs.target.dtype), inputs.target)
+    return _squared_errors(inputs.output, inputs.target)
 
 
 def mse_with_auxiliary(inputs: LossInputs) -> Tensor:
     """The same plus the error to the full-precision block on the quantized path's input (`aug_loss` of both codes)."""
     assert inputs.same_input_target is not None
-    return mse(inputs) + functional.mse_loss(inputs.output.to(inputs.target.dtype), inputs.same_input_target)
+    return _squared_errors(inputs.output, inputs.target, inputs.same_input_target)
+
+
+def _squared_errors(output: Tensor, *targets: Tensor) -> Tensor:
+    loss: Tensor = _SquaredErrors.apply(output, *targets)
+    return loss
+
+
+class _SquaredErrors(torch.autograd.Function):
+    """Σ over one or two targets of mean (output − target)²: the differences' sum is kept, which is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor, second: Tensor | None = None) -> Tensor:
+        if output.is_cuda and output.dtype != torch.float64 and has_triton():
+            from qbench.engine.losses_triton import squared_errors
+
+            total, difference = squared_errors(output, target, second)
+        else:
+            total, difference = _squared(output.to(target.dtype) - target)
+            if second is not None:
+                more, other = _squared(output.to(target.dtype) - second)
+                total, difference = total + more, difference.add_(other)
+        ctx.save_for_backward(difference)
+        ctx.dtype = output.dtype
+        return total / output.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        return (difference * (grad * (2 / difference.numel()))).to(ctx.dtype), None, None
+
+
+def _squared(difference: Tensor) -> tuple[Tensor, Tensor]:
+    return difference.square().sum(), difference
 
 
 def distribution_correction(inputs: LossInputs) -> Tensor:

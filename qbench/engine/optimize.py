@@ -9,8 +9,9 @@ until the epoch ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from qbench.engine.plan import BlockPlan, LossInputs
 from qbench.engine.prepare import PreparedBlock
 from qbench.engine.settings import EngineSettings
 from qbench.errors import NumericalError
-from qbench.quant.fake import fake_quantize
+from qbench.quant.fake import bound_by_operations, fake_quantize
 from qbench.quant.grid import Grid
 from qbench.transforms.maps import WarmInverse
 from qbench.transforms.tensors import BlockTensors
@@ -70,21 +71,77 @@ class Learned:
 
 
 def quantized_tensors(
-    base: BlockTensors, plan: BlockPlan, grid: Grid, dtype: torch.dtype | None = None
+    base: BlockTensors,
+    plan: BlockPlan,
+    grid: Grid,
+    dtype: torch.dtype | None = None,
+    halves: Mapping[str, Tensor] | None = None,
 ) -> BlockTensors:
     """The block's tensors after transforms and fake quantization, differentiable in the plan's parameters.
 
-    `dtype` is that of the quantized weights: the autocast type saves a cast before each product.
+    Args:
+        base: Original tensors.
+        plan: Its transforms and clipping.
+        grid: Of the weights.
+        dtype: Of the quantized weights: the autocast type saves a cast before each product.
+        halves: Equal copies of base weights in half precision, read instead where no transform has changed one.
     """
     tensors = apply_all(base, plan.transforms, settle=grid.bits >= 16)
     if grid.bits < 16:
-        for role, weight in tensors.weight.items():
-            upper, lower = plan.clipping.logits(role) if plan.clipping is not None else (None, None)
-            tensors.weight[role] = fake_quantize(
-                weight, grid, upper, lower, dtype,
-                row_scale=tensors.row_scale.pop(role, None), column_scale=tensors.column_scale.pop(role, None),
-            )  # fmt: skip
+        dtype = dtype or next(iter(base.weight.values())).dtype
+        for role, half in (halves or {}).items():
+            if tensors.weight[role] is base.weight[role]:
+                tensors.weight[role] = half
+        for roles in _quantized_together(tensors):
+            logits = [plan.clipping.logits(role) for role in roles] if plan.clipping is not None else []
+            rows, columns = (
+                [scale.pop(role) for role in roles] if roles[0] in scale else []
+                for scale in (tensors.row_scale, tensors.column_scale)
+            )
+            quantized = fake_quantize(
+                _joined([tensors.weight[role] for role in roles]),
+                grid,
+                _joined([upper for upper, _ in logits]) if logits else None,
+                _joined([lower for _, lower in logits]) if logits else None,
+                dtype,
+                row_scale=_joined(rows) if rows else None,
+                column_scale=columns[0] if columns else None,  # the same for all
+            )
+            lengths = [len(tensors.weight[role]) for role in roles]
+            parts = quantized.split(lengths) if len(roles) > 1 else [quantized]
+            tensors.weight.update(zip(roles, parts, strict=True))
     return tensors
+
+
+def exact_halves(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Half-precision copies of the weights that lose nothing by it, as all do of a checkpoint in half precision.
+
+    Fake quantization reads the weight in each direction and writes half precision: half of its input is a quarter or a
+    third of its bytes.
+    """
+    halves = {}
+    for role, weight in weights.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            half = weight.to(dtype)
+            if torch.equal(half.to(weight.dtype), weight):
+                halves[role] = half
+                break
+    return halves
+
+
+def _quantized_together(tensors: BlockTensors) -> list[list[str]]:
+    """Roles by the call that quantizes them: one each, but small weights with the same column factors share one."""
+    calls: dict[Any, list[str]] = {}
+    for role, weight in tensors.weight.items():
+        columns = tensors.column_scale.get(role)
+        alike = (weight.shape[1], weight.requires_grad, id(columns), role in tensors.row_scale)
+        calls.setdefault(alike if bound_by_operations(weight) else role, []).append(role)
+    return list(calls.values())
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several tensors, without a copy of one alone."""
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 class Step:
@@ -293,28 +350,30 @@ def fit(
 def _of_plan(plan: BlockPlan, base: BlockTensors, grid: Grid, settings: EngineSettings) -> Learned:
     """The plan's transforms and clipping under AdamW."""
     assert plan.training is not None
-    groups: list[dict[str, Any]] = [
-        {"params": list(t.parameters()), "lr": t.learning_rate or plan.training.transform_lr}
-        for t in plan.transforms
+    parameters = [
+        (p, t.learning_rate or plan.training.transform_lr) for t in plan.transforms for p in t.parameters()
     ]
     if plan.clipping is not None:
-        groups.append({"params": list(plan.clipping.parameters()), "lr": plan.training.clipping_lr})
+        parameters += [(p, plan.training.clipping_lr) for p in plan.clipping.parameters()]
+    groups = [  # as few as there are rates: the optimizer is called once for each
+        {"params": [p for p, _ in same], "lr": lr}
+        for lr, same in groupby(parameters, key=lambda pair: pair[1])
+    ]
     optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        weight_decay=0.0,
-        fused=True,
-        capturable=settings.device.type == "cuda",
+        groups, weight_decay=0.0, fused=True, capturable=settings.device.type == "cuda"
     )
+
+    halves = exact_halves(base.weight) if settings.device.type == "cuda" else {}
 
     def guard() -> None:
         for transform in plan.transforms:
             transform.guard_()
 
     return Learned(
-        [p for group in groups for p in group["params"]],
+        [p for p, _ in parameters],
         optimizer,
         guard,
-        lambda: quantized_tensors(base, plan, grid, settings.autocast),
+        lambda: quantized_tensors(base, plan, grid, settings.autocast, halves),
     )
 
 

@@ -64,7 +64,17 @@ class Probe:
 
     def part(self, path: str, tokens: int) -> Part:
         """A submodule and what reaches it, from the first windows that hold `tokens` tokens (or all there are)."""
-        return Part(self, path, min(len(self._inputs), math.ceil(tokens / self._inputs.shape[1])))
+        return Part(self, path, self._windows(tokens))
+
+    def second_moment(self, path: str, tokens: int) -> Tensor:
+        """E[xᵀx], [in, in], of what reaches a linear in the first windows that hold `tokens` tokens."""
+        n_windows = self._windows(tokens)
+        total: Tensor | None = None
+        for _, x, _ in self._reaching(path, n_windows):
+            x = x.reshape(-1, x.shape[-1])
+            total = x.T @ x if total is None else total.addmm_(x.T, x)
+        assert total is not None
+        return total.div_(n_windows * self._inputs.shape[1])
 
     def sample(self, path: str, tokens: int) -> Tensor:
         """About `tokens` rows [tokens, in] of what reaches a submodule, evenly spaced over all windows."""
@@ -75,6 +85,13 @@ class Probe:
             first = -start * seq_len % stride  # every stride-th token of the whole set, whatever the batches
             rows.append(x.reshape(-1, x.shape[-1])[first::stride])
         return torch.cat(rows)
+
+    def tokens(self, most: int) -> int:
+        """Tokens of the first windows that hold `most` tokens (or all there are)."""
+        return self._windows(most) * self._inputs.shape[1]
+
+    def _windows(self, tokens: int) -> int:
+        return min(len(self._inputs), math.ceil(tokens / self._inputs.shape[1]))
 
     def _batches(self, n_windows: int) -> Iterator[range]:
         size = self._settings.forward_batch(self._inputs.shape[1])
@@ -103,13 +120,20 @@ class Part:
         self._inputs = self._store(n_windows, self._captured(path, n_windows))
         self._targets = self._store(n_windows, self._outputs())
 
-    def error(self, tensors: BlockTensors) -> float:
-        """Mean squared error of the submodule's output when the block has these tensors."""
-        total = torch.zeros((), dtype=torch.float64, device=self._probe._settings.device)
+    def error(self, tensors: BlockTensors, limit: float = math.inf) -> float:
+        """Mean squared error of the submodule's output when the block has these tensors.
+
+        Args:
+            tensors: Of the block.
+            limit: As soon as the error is known to be above this, infinity is returned: the rest need not be run.
+        """
+        total, count = 0.0, math.prod(self._targets.shape)
         for start, y in self._outputs(tensors):
             target = self._targets.read(start, start + len(y))
-            total += (y - target).square().sum(dtype=torch.float64)
-        return float(total) / math.prod(self._targets.shape)
+            total += float((y - target).square().sum(dtype=torch.float64))
+            if total > limit * count:
+                return math.inf
+        return total / count
 
     def _captured(self, path: str, n_windows: int) -> Iterator[tuple[int, Tensor]]:
         for start, x, kwargs in self._probe._reaching(path, n_windows):

@@ -111,19 +111,39 @@ class Stream:
         return found
 
     @torch.no_grad()
-    def second_moment(self, block: PreparedBlock, role: str, inputs: HiddenStates) -> Tensor:
-        """E[xᵀx] over all tokens, [in, in], of what a linear of a loaded block multiplies its weight with."""
-        linear, size = block.linears[role], self.settings.forward_batch(inputs.shape[1])
-        total: Tensor | None = None
-        for start in range(0, len(inputs), size):
-            windows = inputs.read(start, min(start + size, len(inputs)))
-            with self.settings.autocast_context():
-                x, _ = reaching(linear, functools.partial(block, windows, **self.kwargs))
-                x = linear.operand(x)
-            x = x.to(self.settings.dtype).reshape(-1, x.shape[-1])
-            total = x.T @ x if total is None else total.addmm_(x.T, x)
-        assert total is not None
-        return total.div_(len(inputs) * inputs.shape[1])
+    def second_moments(
+        self, block: PreparedBlock, roles: Sequence[str], inputs: HiddenStates
+    ) -> dict[str, Tensor]:
+        """E[xᵀx] over all tokens, [in, in], of what linears of a loaded block multiply their weights with.
+
+        Args:
+            block: With its weights and grids.
+            roles: Linears in the order in which they run: the pass through the block ends at the last.
+            inputs: Of the block.
+        """
+        totals: dict[str, Tensor] = {}
+
+        def add(role: str, x: Tensor) -> None:
+            x = block.linears[role].operand(x)
+            with torch.autocast(x.device.type, enabled=False):
+                x = x.to(self.settings.dtype).reshape(-1, x.shape[-1])
+                totals[role] = totals[role].addmm_(x.T, x) if role in totals else x.T @ x
+
+        def hook(role: str) -> Any:
+            return block.linears[role].register_forward_pre_hook(lambda module, args: add(role, args[0]))
+
+        handles = [hook(role) for role in roles[:-1]]
+        size, last = self.settings.forward_batch(inputs.shape[1]), roles[-1]
+        try:
+            for start in range(0, len(inputs), size):
+                windows = inputs.read(start, min(start + size, len(inputs)))
+                with self.settings.autocast_context():
+                    x, _ = reaching(block.linears[last], functools.partial(block, windows, **self.kwargs))
+                    add(last, x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {role: total.div_(len(inputs) * inputs.shape[1]) for role, total in totals.items()}
 
     def relative_error(self, block: PreparedBlock, inputs: HiddenStates, target: HiddenStates) -> float:
         """MSE(block(inputs), target) / mean(target²)."""

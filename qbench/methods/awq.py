@@ -9,7 +9,7 @@ skips it (`grouped_values`); statistics come from the run's calibration set.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,9 +20,11 @@ from qbench.errors import NumericalError
 from qbench.methods.base import Method
 from qbench.models.base import BlockSpec, Site
 from qbench.quant.clipping import Clipping, search_range
+from qbench.quant.gptq import output_error
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import extremes, round_to_nearest
 from qbench.scheme import Scheme
+from qbench.transforms.tensors import BlockTensors
 from qbench.transforms.transform import DiagonalTransform
 
 SiteName = Literal["attn_in", "value_out", "mlp_in", "mlp_out"]
@@ -94,9 +96,10 @@ class AWQ(Method):
         repeats = spec.heads_per_group if site.kind == "value" else 1
         if repeats > 1:  # one scale per key/value channel: the mean over the query heads that read it
             importance = importance.reshape(spec.n_kv_heads, repeats, -1).mean(1).reshape(-1)
-        part = view.probe.part(_inspected(spec, site), self.search_tokens)
-        best, least = None, math.inf
-        for i in range(self.ratios):
+        error_of = self._errors(view, site)
+        best, least = None, (math.inf, 0)
+        # The best exponent is seldom near an end: from the middle on, those that cannot win are found out early.
+        for i in sorted(range(self.ratios), key=lambda i: abs(2 * i - self.ratios)):
             scale = candidate_scale(importance, i / self.ratios)
             columns = scale
             if repeats > 1:
@@ -104,15 +107,31 @@ class AWQ(Method):
             tensors = view.tensors.copy()
             for role in site.consumers:
                 tensors.weight[role] = _rounded(own[role] * columns, view.grid) / columns
-            error = part.error(tensors)
-            if error < least:
-                best, least = scale, error
+            found = error_of(tensors, least[0]), i
+            if found < least:  # of equal errors the smallest exponent
+                best, least = scale, found
         if best is None:
             raise NumericalError(
                 f"awq found no finite error at {site.name}: is a weight or an activation not finite? "
                 "Try --autocast float32."
             )
         return DiagonalTransform(spec, site, best)
+
+    def _errors(self, view: BlockView, site: Site) -> Callable[[BlockTensors, float], float]:
+        """(tensors, limit) → mean squared error of what the authors compare, or infinity if it is above the limit.
+
+        Compared are the outputs of a site's only consumer, else of the module that holds the consumers. The error of a
+        single linear follows from its input's second moment: then a candidate costs the same for any number of tokens,
+        and less where there are more of them than inputs.
+        """
+        assert view.probe is not None
+        role, own = site.consumers[0], view.tensors.weight[site.consumers[0]]
+        path, single = view.spec.linears[role], len(site.consumers) == 1
+        if not single or view.probe.tokens(self.search_tokens) <= own.shape[1]:
+            compared = path if single else path.rpartition(".")[0]
+            return view.probe.part(compared, self.search_tokens).error
+        moment = view.probe.second_moment(path, self.search_tokens)
+        return lambda tensors, limit: output_error(own, moment, tensors.weight[role]) / len(own)
 
     def _clipping(self, view: BlockView) -> Clipping:
         """Searched ranges; q and k keep theirs, because their product is what counts."""
@@ -143,9 +162,3 @@ def candidate_scale(importance: Tensor, ratio: float) -> Tensor:
 
 def _rounded(weight: Tensor, grid: Grid) -> Tensor:
     return round_to_nearest(weight, *extremes(weight, grid), grid).dequantize()
-
-
-def _inspected(spec: BlockSpec, site: Site) -> str:
-    """Path of what the authors compare: a site's only consumer itself, else the module that holds the consumers."""
-    first = spec.linears[site.consumers[0]]
-    return first if len(site.consumers) == 1 else first.rpartition(".")[0]

@@ -25,9 +25,15 @@ from torch.autograd.function import once_differentiable
 from qbench.quant import uniform
 from qbench.quant.grid import Grid
 
+SMALL = 1 << 18  # elements: 1 MiB of float32, which a core's cache holds
+
 
 class _ClosedForm(torch.autograd.Function):
-    """The CPU path. What backward needs is kept rather than computed again: small blocks are bound by operations."""
+    """The CPU path. What backward needs is kept rather than computed again: small blocks are bound by operations.
+
+    For the same reason temporaries are written over, and a range that is widened to zero replaces the true extreme: no
+    element equals it (or it is zero), so the search for the elements that take the range's gradient finds none.
+    """
 
     @staticmethod
     def forward(
@@ -44,69 +50,104 @@ class _ClosedForm(torch.autograd.Function):
         grouped = grid.split(scaled)
         # two reductions: torch.aminmax is 15 times slower on a CPU
         low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-        bottom, top = (low.clamp(max=0), high.clamp(min=0)) if grid.zero_in_range else (low, high)
-        su = sl = None
+        if grid.zero_in_range:
+            low.clamp_(max=0)
+            high.clamp_(min=0)
+        bottom, top, su, sl = low, high, None, None
         if upper is not None and lower is not None:
             su, sl = upper.unsqueeze(-1).sigmoid(), lower.unsqueeze(-1).sigmoid()
-            bottom, top = bottom * sl, top * su
-        scale, zero = uniform.qparams(bottom, top, grid)
+            bottom, top = low * sl, high * su
+        free_scale = uniform.free_scale(bottom, top, grid)
+        scale, zero = uniform.qparams_of(free_scale, bottom, grid)
         t = grouped / scale
         rounded = t.round()
-        levels = rounded.clamp(-zero, grid.qmax - zero)  # q − z
+        least = -zero
+        levels = torch.maximum(rounded, least)  # q − z; a clamp between two tensors is three times slower
+        torch.minimum(levels, least.add_(grid.qmax), out=levels)
         if any(ctx.needs_input_grad):
-            inside = _equal(rounded, levels)
-            by_scale = torch.addcmul(levels, inside, t, value=-1)  # q − z − inside·t
+            inside = torch.eq(rounded, levels, out=rounded)
+            by_scale = torch.addcmul(levels, inside, t, value=-1, out=t)  # q − z − inside·t
             ctx.save_for_backward(
-                x, row_scale, column_scale, scaled, low, high, bottom, top, su, sl, scale, inside, by_scale
+                x,
+                row_scale,
+                column_scale,
+                scaled,
+                low,
+                high,
+                bottom,
+                top,
+                su,
+                sl,
+                free_scale,
+                scale,
+                inside,
+                by_scale,
             )
             ctx.grid = grid
-        return levels.mul(scale).reshape(x.shape).to(out_dtype)
+        return levels.mul_(scale).view(x.shape).to(out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, row_scale, column_scale, scaled, low, high, bottom, top, su, sl, scale, inside, by_scale = (
-            ctx.saved_tensors
-        )
+        (
+            x,
+            row_scale,
+            column_scale,
+            scaled,
+            low,
+            high,
+            bottom,
+            top,
+            su,
+            sl,
+            free_scale,
+            scale,
+            inside,
+            by_scale,
+        ) = ctx.saved_tensors
         grid: Grid = ctx.grid
         g = grid.split(_wide(grad))
         grad_scale = by_scale.mul_(g).sum(-1, keepdim=True)
-        at_limit = (scale <= uniform.SCALE_MIN).logical_or_(scale >= uniform.SCALE_MAX)
-        grad_scale.masked_fill_(at_limit, 0)
+        grad_scale.mul_(_equal(free_scale, scale))  # a scale held by its clamp passes nothing on
         if grid.symmetric:
             grad_scale /= grid.mid - 1
             share = torch.where(top.abs() == bottom.abs(), 0.5, (top.abs() > bottom.abs()).to(top.dtype))
             grad_top, grad_bottom = grad_scale * share * top.sign(), grad_scale * (1 - share) * bottom.sign()
         else:
-            grad_top = grad_scale / grid.qmax
+            grad_top = grad_scale.div_(grid.qmax)
             grad_bottom = -grad_top
 
         grad_upper = grad_lower = None
         if su is not None:  # top = σ(u)·high, so ∂top/∂u = top·(1 − σ(u))
-            grad_upper = (grad_top * top * (1 - su)).squeeze(-1)
-            grad_lower = (grad_bottom * bottom * (1 - sl)).squeeze(-1)
-            grad_top, grad_bottom = grad_top * su, grad_bottom * sl
+            grad_upper = torch.addcmul(top, top, su, value=-1).mul_(grad_top).squeeze(-1)
+            grad_lower = torch.addcmul(bottom, bottom, sl, value=-1).mul_(grad_bottom).squeeze(-1)
+            if any(ctx.needs_input_grad[:3]):
+                grad_top, grad_bottom = grad_top.mul_(su), grad_bottom.mul_(sl)
         if not any(ctx.needs_input_grad[:3]):
             return None, None, None, grad_upper, grad_lower, None, None
 
-        if grid.zero_in_range:  # a widened end is the constant 0 and passes nothing on
-            grad_top, grad_bottom = grad_top.masked_fill(high < 0, 0), grad_bottom.masked_fill(low > 0, 0)
         grouped = grid.split(scaled)
         grad_scaled = inside.mul_(g)
         for extreme, incoming in ((high, grad_top), (low, grad_bottom)):
-            at = _equal(grouped, extreme)
-            grad_scaled.addcmul_(at, incoming / at.sum(-1, keepdim=True))
-        grad_scaled = grad_scaled.reshape(x.shape)
+            at = torch.eq(grouped, extreme, out=by_scale)
+            share = at.sum(-1, keepdim=True).clamp_(min=1)
+            grad_scaled.addcmul_(at, incoming.div_(share))  # ties share it
+        grad_scaled = grad_scaled.view(x.shape)
 
         grad_row = grad_column = grad_x = None
+        wants_x = ctx.needs_input_grad[0]
         if row_scale is not None or column_scale is not None:
-            product = grad_scaled * _wide(x)
+            product = grad_scaled * _wide(x) if wants_x else grad_scaled.mul_(_wide(x))
             if row_scale is not None:
                 grad_row = product @ column_scale if column_scale is not None else product.sum(1)
             if column_scale is not None:
                 grad_column = row_scale @ product if row_scale is not None else product.sum(0)
-        if ctx.needs_input_grad[0]:
-            grad_x = _times_scales(grad_scaled, row_scale, column_scale).to(x.dtype)
+        if wants_x:
+            if row_scale is not None:
+                grad_scaled.mul_(row_scale.unsqueeze(-1))
+            if column_scale is not None:
+                grad_scaled.mul_(column_scale)
+            grad_x = grad_scaled.to(x.dtype)
         return grad_x, grad_row, grad_column, grad_upper, grad_lower, None, None
 
 
@@ -158,15 +199,21 @@ class _Fused(torch.autograd.Function):
 
 def _path(x: Tensor, grid: Grid) -> type[torch.autograd.Function]:
     """Fused kernels where they apply: on a GPU with Triton, not in float64, and for groups that fit its registers."""
-    if not x.is_cuda or x.dtype == torch.float64 or not _has_triton():
+    if not x.is_cuda or x.dtype == torch.float64 or not has_triton():
         return _ClosedForm
     from qbench.quant import fake_triton
 
     return _Fused if (grid.group_size or x.shape[-1]) <= fake_triton.MAX_GROUP else _ClosedForm
 
 
+def bound_by_operations(x: Tensor) -> bool:
+    """Whether calls cost more than the bytes they touch, so that joining tensors for one call pays: small, on a CPU."""
+    return not x.is_cuda and x.numel() <= SMALL
+
+
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether fused kernels can be compiled."""
     return importlib.util.find_spec("triton") is not None
 
 

@@ -51,12 +51,20 @@ def qparams(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     Returns:
         (scale, zero_point), float tensors of the same shape; zero_point holds integers.
     """
+    return qparams_of(free_scale(low, high, grid), low, grid)
+
+
+def free_scale(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
+    """Scale of ranges before it is clamped."""
     if grid.symmetric:
-        scale = torch.maximum(low.abs(), high.abs()) / (grid.mid - 1)
-        scale = scale.clamp(SCALE_MIN, SCALE_MAX)
-        return scale, torch.full_like(scale, grid.mid)
-    scale = ((high - low) / grid.qmax).clamp(SCALE_MIN, SCALE_MAX)
-    return scale, zero_point(low, scale)
+        return torch.maximum(low.abs(), high.abs()) / (grid.mid - 1)
+    return (high - low) / grid.qmax
+
+
+def qparams_of(free: Tensor, low: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point from `free_scale` and the lower ends."""
+    scale = free.clamp(SCALE_MIN, SCALE_MAX)
+    return scale, torch.full_like(scale, grid.mid) if grid.symmetric else zero_point(low, scale)
 
 
 def zero_point(low: Tensor, scale: Tensor) -> Tensor:

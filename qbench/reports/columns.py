@@ -22,6 +22,7 @@ SHORT_NAMES = {
 DETAILS = frozenset(
     {"kl_median", "kl_p95", "kl_p99", "kl_max", "kl_missing", "loss_change", "first_difference"}
 )
+GUESSED = "° not shown to be above what guessing gives"
 GIB = 1 << 30
 LABEL_WIDTH = 24  # a longer label wraps between words
 # Least needed first: what a narrow terminal leaves out. Method, scheme and the values themselves always stay.
@@ -187,16 +188,21 @@ def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = 
             else ""
         )
         lines.append("± 95% interval" + paired)
-    if any(score.above_chance is False for score in scores):
-        lines.append("° not shown to be above guessing: its interval holds what a guess gives")
+    guessed = {
+        split_metric(key)[0]: f"{score.chance:.3g}"
+        for table in comparison.tables
+        for key in table.metrics
+        for block in table.blocks
+        for score in (row.scores[key] for row in block.rows if key in row.scores)
+        if score.above_chance is False
+    }
+    if guessed:
+        lines.append(f"{GUESSED}: {', '.join(f'{task} {chance}' for task, chance in guessed.items())}")
     if any(score.n_seeds > 1 for score in scores):
         lines.append(
             "several calibration seeds: values are means over them, ± counts their spread; σ is its size (how many)"
         )
-    for key, protocol in dict.fromkeys(
-        (key, protocol) for table in comparison.tables for key, protocol in table.protocols.items()
-    ):
-        lines.append(f"{' '.join(_short_metric(key))}: {protocol}")
+    lines += _protocols(comparison)
     contracts = dict.fromkeys(contract[:8] for table in comparison.tables for contract in table.contracts)
     lines.append(f"contract {', '.join(contracts)}")
     for table in comparison.tables:
@@ -212,9 +218,14 @@ def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = 
     return lines + [f"[{number}] {note}" for note, number in comparison.footnotes.items()]
 
 
-def _short_metric(key: str) -> tuple[str, str]:
-    task, metric = split_metric(key)
-    return task, SHORT_NAMES.get(metric, metric)
+def _protocols(comparison: Comparison) -> list[str]:
+    """What each task was measured on, with the names of the metrics that share it."""
+    sharing: dict[tuple[str, str], dict[str, None]] = {}
+    for table in comparison.tables:
+        for key, protocol in table.protocols.items():
+            task, metric = split_metric(key)
+            sharing.setdefault((task, protocol), {})[SHORT_NAMES.get(metric, metric)] = None
+    return [f"{task} {', '.join(metrics)}: {protocol}" for (task, protocol), metrics in sharing.items()]
 
 
 def _label(row: Row, comparison: Comparison) -> str:
@@ -228,14 +239,16 @@ def _folded(task: str, width: int = 14) -> tuple[str, ...]:
 
 
 def format_value(value: float) -> str:
-    """About four significant digits, as papers print a perplexity; never an exponent below 100,000."""
+    """About four significant digits, as papers print a perplexity, three below 0.01: what is not 0 never shows as 0."""
     if not math.isfinite(value):
         return "∞" if value > 0 else MISSING
     size = abs(value)
-    return f"{value:.{_decimals(size)}f}" if size < 1e5 else f"{value:.2e}"
+    return f"{value:.{_decimals(size)}f}" if size == 0 or 1e-6 <= size < 1e5 else f"{value:.2e}"
 
 
 def _decimals(size: float) -> int:
+    if 0 < size < 0.01:
+        return 2 - math.floor(math.log10(size))
     return 3 if size < 10 else 2 if size < 1000 else 1
 
 
@@ -243,7 +256,7 @@ def format_half_width(half_width: float, value: float) -> str:
     """± with the value's decimals, or with one significant digit where those would show ±0."""
     if not math.isfinite(half_width):
         return ""
-    if half_width == 0 or abs(value) >= 1e5:
+    if half_width == 0 or abs(value) >= 1e5 or 0 < abs(value) < 1e-6:
         return f"±{half_width:.2g}"
     return f"±{half_width:.{max(_decimals(abs(value)), -math.floor(math.log10(half_width)))}f}"
 

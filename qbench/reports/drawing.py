@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qbench.reports.columns import GUESSED
 from qbench.reports.export import escape_latex, escape_markdown
 from qbench.reports.layouts import Cell, Sheet
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LEGEND = "bold: best of its scheme; ≈: tied with the best (paired, 95%, Holm); underlined: best of the rest"
-GUESSED = "° not shown to be above guessing: its interval holds what a guess gives"
 PLAIN_LEGEND = (
     "* best of its scheme; ≈ tied with the best (paired, 95%, Holm); _ best of the rest; ± 95% interval"
 )

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qbench.reports.columns import Column, columns, is_best, legend, most
@@ -86,17 +86,21 @@ def as_markdown(comparison: Comparison) -> str:
     pieces = []
     for table in comparison.tables:
         shown = columns(table, comparison, table.metrics)
-        left = ("method", "scheme", "contract")
-        lines = [
-            _pipes(escape_markdown(column.title) for column in shown),
-            _pipes(":--" if column.kind in left else "--:" for column in shown),
-        ]
-        n_rows = sum(len(block.rows) for block in table.blocks)
-        lines += [_pipes(_markdown_cell(column, i) for column in shown) for i in range(n_rows)]
-        pieces.append(f"**{escape_markdown(table.model)}**\n\n" + "\n".join(lines))
+        pieces.append(f"**{escape_markdown(table.model)}**\n\n" + markdown_table(shown))
     # Two blanks at a line's end break it in Markdown.
     pieces.append("  \n".join(escape_markdown(line) for line in legend(comparison, best="bold:")))
     return "\n\n".join(pieces) + "\n"
+
+
+def markdown_table(shown: Sequence[Column]) -> str:
+    """Some columns as a pipe table, words to the left, numbers to the right."""
+    left = ("method", "scheme", "contract")
+    lines = [
+        _pipes(escape_markdown(column.title) for column in shown),
+        _pipes(":--" if column.kind in left else "--:" for column in shown),
+    ]
+    lines += [_pipes(_markdown_cell(column, i) for column in shown) for i in range(len(shown[0].cells))]
+    return "\n".join(lines)
 
 
 def _pipes(cells: Iterable[str]) -> str:

@@ -206,8 +206,10 @@ def _cells(section: Section, key: str) -> dict[tuple[str, str], Cell]:
 
 
 def marks_of(section: Section, key: str) -> dict[str, Mark]:
-    """Ranks on one metric within each scheme, by the row's id."""
+    """Ranks on one metric within each scheme, by the row's id; none on times, of which rows of a scheme share one."""
     marks: dict[str, Mark] = {}
+    if latency_keys([key]):
+        return marks
     for block in section.table.blocks:
         marks |= ranks(
             {r.result.id: r.scores[key] for r in block.rows if key in r.scores and not r.result.is_baseline}

@@ -297,8 +297,10 @@ def _value(own: Measured) -> str:
 
 
 def _number(value: float) -> str:
-    """A ratio: four digits after the point where it is near 1."""
-    return f"{value:.4f}" if abs(value - 1) < 0.1 else f"{value:.3f}" if value < 1000 else f"{value:.3g}"
+    """A ratio: four digits after the point where it is near 1, three digits where it is far from it."""
+    return (
+        f"{value:.4f}" if abs(value - 1) < 0.1 else f"{value:.3f}" if 0.1 < value < 1000 else f"{value:.3g}"
+    )
 
 
 def _signed(value: float) -> str:

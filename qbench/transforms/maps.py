@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import torch
@@ -171,18 +172,18 @@ class Diagonal:
 
     scale: Tensor
 
-    @property
+    @cached_property
     def factors(self) -> Tensor:
-        """The diagonal over all channels, [groups·width]."""
+        """The diagonal over all channels, [groups·width]; the same tensor at each call."""
         return self.scale.reshape(-1)
 
     def undo_rows(self, x: Tensor) -> Tensor:
         """x / scale."""
-        return x / self.scale.reshape(-1)
+        return x / self.factors
 
     def apply_rows(self, x: Tensor) -> Tensor:
         """x · scale."""
-        return x * self.scale.reshape(-1)
+        return x * self.factors
 
     def undo_outputs(self, weight: Tensor) -> Tensor:
         """Rows divided by scale."""
@@ -239,44 +240,82 @@ class Rotations:
     """A = [[a, −b], [b, a]] on each pair of channels (i, i + width/2) of each group; a, b [groups, width/2].
 
     These scaled rotations are exactly the matrices that commute with rotary position embedding in the half-split
-    layout of transformers. A⁻¹ = Aᵀ/(a² + b²).
+    layout of transformers. A⁻¹ = Aᵀ/(a² + b²). Applied as matrices: one product instead of six passes over a weight.
     """
 
     a: Tensor
     b: Tensor
 
+    @cached_property
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """A and A⁻ᵀ, [groups, width, width] each."""
+        first, second = _RotationMatrices.apply(self.a, self.b)
+        return first, second
+
     def undo_rows(self, x: Tensor) -> Tensor:
         """x·A⁻¹."""
-        norm = self.a.square() + self.b.square()
-        return _rotate(x, self.a / norm, self.b / norm)
+        return _rows_times(x, self._matrices[1].mT)
 
     def apply_rows(self, x: Tensor) -> Tensor:
         """x·Aᵀ."""
-        return _rotate(x, self.a, self.b)
+        return _rows_times(x, self._matrices[0].mT)
 
     def undo_outputs(self, weight: Tensor) -> Tensor:
-        """A⁻ᵀ·W = A·W / (a² + b²)."""
-        norm = self.a.square() + self.b.square()
-        return _times_columns(_dense(self.a / norm, self.b / norm), weight)
+        """A⁻ᵀ·W."""
+        return _times_columns(self._matrices[1], weight)
 
     def apply_outputs(self, weight: Tensor) -> Tensor:
         """A·W."""
-        return _times_columns(_dense(self.a, self.b), weight)
+        return _times_columns(self._matrices[0], weight)
 
     def repeat(self, times: int) -> Rotations:
         """See `Map`."""
+        if times == 1:
+            return self
         return Rotations(self.a.repeat_interleave(times, 0), self.b.repeat_interleave(times, 0))
 
 
-def _dense(a: Tensor, b: Tensor) -> Tensor:
-    """The rotations [[a, −b], [b, a]] as matrices [groups, width, width]: one product instead of six passes."""
-    first, second = torch.diag_embed(a), torch.diag_embed(b)
-    return torch.cat((torch.cat((first, -second), -1), torch.cat((second, first), -1)), -2)
+class _RotationMatrices(torch.autograd.Function):
+    """A and A⁻ᵀ of rotations, [groups, width, width] each.
+
+    With n = a² + b², u = a/n and w = b/n the second adds (∂L/∂u − 2a·s)/n to ∂L/∂a and (∂L/∂w − 2b·s)/n to ∂L/∂b, where
+    s = u·∂L/∂u + w·∂L/∂w.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        groups, half = a.shape
+        both = torch.stack((a, b))
+        norm = both.square().sum(0)
+        inverse = both / norm
+        ctx.save_for_backward(both, norm, inverse)
+        first, second = torch.cat((both, inverse), 1)  # a and b of both matrices, [2·groups, half] each
+        entries = torch.cat((first, first, second, -second), -1)
+        flat = a.new_zeros(2 * groups, 4 * half**2).index_copy_(1, _entries(half, a.device), entries)
+        matrix, transposed = flat.view(2, groups, 2 * half, 2 * half).unbind()
+        return matrix, transposed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_matrix: Tensor, grad_inverse: Tensor) -> tuple[Tensor, Tensor]:
+        both, norm, inverse = ctx.saved_tensors
+        _, groups, half = both.shape
+        flat = torch.stack((grad_matrix, grad_inverse)).view(2, groups, -1)
+        by_entry = flat.index_select(2, _entries(half, flat.device)).view(2, groups, 4, half).unbind(2)
+        (direct_a, grad_u), (direct_b, grad_w) = by_entry[0] + by_entry[1], by_entry[2] - by_entry[3]
+        grad = torch.stack((grad_u, grad_w))
+        along = (inverse * grad).sum(0)
+        grad.addcmul_(both, along, value=-2).div_(norm)
+        return grad[0].add_(direct_a), grad[1].add_(direct_b)
 
 
-def _rotate(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    first, second = x.reshape(*x.shape[:-1], a.shape[0], 2, a.shape[1]).unbind(-2)
-    return torch.stack((first * a - second * b, first * b + second * a), -2).reshape(x.shape)
+@cache
+def _entries(half: int, device: torch.device) -> Tensor:
+    """Where a, a, b and −b of [[a, −b], [b, a]] are in the flat matrix, [4·half]."""
+    first = torch.arange(half, device=device)
+    second, width = first + half, 2 * half
+    rows, columns = torch.cat((first, second, second, first)), torch.cat((first, second, first, second))
+    return rows * width + columns
 
 
 class _NearDiagonalProduct(torch.autograd.Function):

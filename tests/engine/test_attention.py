@@ -8,6 +8,7 @@ from torch import nn
 
 from qbench.engine import attention
 from qbench.engine.attention import Maps, Operands
+from qbench.quant import fake
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import fake_quantize
 from tests.blocks import VARIANTS, blocks_of
@@ -87,8 +88,8 @@ def test_a_block_asks_for_quantized_operands_by_its_attribute(build_tiny, tokens
 def test_granularity_decides_which_elements_share_a_range() -> None:
     x = torch.randn(2, 4, 5, 8)  # [batch, heads, tokens, head_dim]
     x[:, 0] *= 30  # one head of outliers
-    per_head = Operands(None, None).quantize(x, Grid(4))
-    per_token = Operands(None, None, "per_token").quantize(x, Grid(4))
+    per_head = Operands(None, Grid(4)).quantize(x, x, x)[2]
+    per_token = Operands(None, Grid(4), "per_token").quantize(x, x, x)[2]
     for batch in range(2):
         for token in range(5):
             rows = x[batch, :, token]
@@ -101,7 +102,35 @@ def test_granularity_decides_which_elements_share_a_range() -> None:
     assert per_token[:, 1:].eq(0).float().mean() > 0.5, (
         "outliers of one head cost the others their resolution"
     )
-    assert Operands(None, None).quantize(x, None) is x
+    assert Operands(None, Grid(4)).quantize(x, x, x)[0] is x
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["all heads", "grouped"])
+def test_one_call_for_all_operands_gives_what_three_give(monkeypatch, kv_heads: int) -> None:
+    """Also where memory holds tokens before heads, as projections leave it; gradients included."""
+    generator = torch.Generator().manual_seed(0)
+
+    def operand(heads: int) -> torch.Tensor:
+        return torch.randn(2, 5, heads, 8, generator=generator).transpose(1, 2).requires_grad_()
+
+    leaves = [operand(4), operand(kv_heads), operand(kv_heads)]
+    upstream = [torch.randn(x.shape, generator=generator) for x in leaves]
+    calls, found = [], []
+
+    def counted(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(x)
+        return fake.fake_quantize(x, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "fake_quantize", counted)
+    for small, expected in ((fake.SMALL, 1), (0, 3)):
+        monkeypatch.setattr(fake, "SMALL", small)
+        calls.clear()
+        results = Operands(Grid(4), Grid(4)).quantize(*leaves)
+        assert len(calls) == expected
+        found.append([*results, *torch.autograd.grad(results, leaves, upstream)])
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+    assert all(torch.equal(y, fake_quantize(x, Grid(4))) for x, y in zip(leaves, results, strict=True))
+    assert torch.equal(Operands(Grid(4), Grid(3)).quantize(*leaves)[1], fake_quantize(leaves[1], Grid(3)))
 
 
 def test_registering_twice_is_harmless() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,6 +42,67 @@ def inputs() -> LossInputs:
 def naive_cosine(a: list[float], b: list[float]) -> float:
     dot = math.fsum(x * y for x, y in zip(a, b, strict=True))
     return dot / math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+
+
+@pytest.mark.parametrize("loss", [mse, mse_with_auxiliary])
+def test_squared_errors_and_their_gradients_are_torchs(inputs: LossInputs, loss) -> None:
+    output = inputs.output.double().requires_grad_()
+    targets = [inputs.target.double(), inputs.same_input_target.double()][: 1 + (loss is mse_with_auxiliary)]
+    found = loss(LossInputs(output, inputs.target.double(), inputs.same_input_target.double()))
+    expected = sum(torch.nn.functional.mse_loss(output, target) for target in targets)
+    assert torch.allclose(found, expected, rtol=1e-12)
+    (one,), (other,) = (torch.autograd.grad(0.7 * value, output) for value in (found, expected))
+    assert torch.allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [mse, mse_with_auxiliary])
+def test_half_precision_outputs_are_compared_in_the_targets_type(inputs: LossInputs, loss) -> None:
+    half = inputs.output.bfloat16().requires_grad_()
+    wide = half.detach().float().requires_grad_()
+    found, expected = (loss(LossInputs(o, inputs.target, inputs.same_input_target)) for o in (half, wide))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    (one,), (other,) = (torch.autograd.grad(*pair) for pair in ((found, half), (expected, wide)))
+    assert one.dtype == torch.bfloat16 and torch.equal(one, other.bfloat16())
+
+
+FUSED = """
+import torch
+from qbench.engine import losses_triton
+losses_triton.BLOCK = 64  # several programs, the last one ragged
+for dtype in (torch.float32, torch.bfloat16):
+    for second in (None, torch.randn(3, 5, 17)):
+        output, target = torch.randn(3, 5, 17).to(dtype), torch.randn(3, 5, 17)
+        total, difference = losses_triton.squared_errors(output, target, second)
+        targets = [target] if second is None else [target, second]
+        wanted = sum(output.double() - t.double() for t in targets)
+        assert torch.allclose(difference.double(), wanted, atol=1e-5), difference
+        squares = sum((output.double() - t.double()).square().sum() for t in targets)
+        assert abs(float(total) / float(squares) - 1) < 1e-5, total
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (extra `triton`)"
+)
+def test_the_fused_kernel_agrees() -> None:
+    """By Triton's interpreter, which must be chosen before Triton is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", FUSED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", [mse, mse_with_auxiliary])
+def test_a_gpu_gives_the_loss_and_gradient_of_the_cpu(loss) -> None:
+    output, target, second = (torch.randn(2, 300, 70) for _ in range(3))
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = output.to(device).requires_grad_()
+        value = loss(LossInputs(leaf, target.to(device), second.to(device)))
+        found.append((value.cpu(), torch.autograd.grad(value, leaf)[0].cpu()))
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-9)
 
 
 def test_the_correction_loss_is_two_squared_errors_less_two_logarithms(inputs: LossInputs) -> None:

@@ -78,6 +78,39 @@ def test_a_parts_error_is_the_mse_of_its_output_inside_the_block(case: Case, pla
         assert part.error(changed) == pytest.approx(expected, rel=1e-4) and expected > 0
 
 
+def test_an_error_above_its_limit_is_infinite_and_not_computed_to_its_end(case: Case, monkeypatch) -> None:
+    monkeypatch.setattr(EngineSettings, "forward_batch", lambda self, seq_len: 1)
+    probe, _ = probe_of(case)
+    part = probe.part("self_attn", tokens=10**6)
+    changed = case.tensors()
+    changed.weight["o"] = changed.weight["o"] * 0.5
+    error = part.error(changed)
+    assert part.error(changed, error * 1.001) == error
+    calls = []
+    handle = part._module.register_forward_hook(lambda *call: calls.append(1))
+    assert part.error(changed, error / 1000) == float("inf") and len(calls) == 1
+    calls.clear()
+    assert part.error(changed, error * 0.999) == float("inf") and len(calls) <= len(case.hidden)
+    handle.remove()
+
+
+def test_a_second_moment_is_that_of_what_reaches_the_linear(case: Case, monkeypatch) -> None:
+    monkeypatch.setattr(EngineSettings, "forward_batch", lambda self, seq_len: 2)  # the last batch is smaller
+    probe, prepared = probe_of(case)
+    prepared.load(case.tensors()).quantize_operands(Scheme(4, 4))  # as a lane leaves it
+    for role, path in case.spec.linears.items():
+        seen = []
+        handle = case.block.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, seen=seen: seen.append(args[0])
+        )
+        with torch.no_grad():
+            case.block(case.hidden[:5], **case.kwargs)
+        handle.remove()
+        x = seen[0].reshape(-1, seen[0].shape[-1]).double()
+        moment = probe.second_moment(path, tokens=5 * case.hidden.shape[1])
+        assert torch.allclose(moment.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5), role
+
+
 @pytest.mark.parametrize("count", [7, 20, 192, 10**6])
 def test_a_sample_is_evenly_spaced_over_all_windows(case: Case, count: int, monkeypatch) -> None:
     probe, _ = probe_of(case)

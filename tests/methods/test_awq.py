@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qbench.engine.probe import Probe
 from qbench.engine.state import BlockState
 from qbench.errors import UnsupportedSchemeError
 from qbench.methods.awq import AWQ, candidate_scale
@@ -124,6 +125,16 @@ def test_scales_are_those_of_a_brute_force_search(build_tiny, tokens, variant, s
         assert torch.allclose(learned[f"{site}.scale"].reshape(-1), expected, rtol=1e-4), site
         chosen.add(errors.index(min(errors)))
     assert len(chosen) > 1 and max(chosen) > 0  # the search found something
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_second_moments_choose_the_same_scales(build_tiny, tokens, monkeypatch, variant) -> None:
+    model, family = build(build_tiny, variant)
+    by_moments = quantized(model, tokens).state(0).learned
+    monkeypatch.setattr(Probe, "tokens", lambda self, most: 0)  # fewer than any linear has inputs
+    by_outputs = quantized(model, tokens).state(0).learned
+    for site in SITES[family]:
+        assert torch.equal(by_moments[f"{site}.scale"], by_outputs[f"{site}.scale"]), site
 
 
 def test_the_search_uses_full_precision_inputs_of_every_block(build_tiny, tokens) -> None:

@@ -25,20 +25,28 @@ def quantized(model, ids, scheme="W3A16", **options):
 def test_each_linear_is_rounded_with_the_moment_of_its_input(
     build_tiny, tokens, monkeypatch, family, options
 ) -> None:
-    moments = []
-    gather = Stream.second_moment
+    moments, passes = {}, []
+    gather = Stream.second_moments
 
-    def spy(*args):
-        moments.append(gather(*args))
-        return moments[-1].clone()
+    def spy(stream, block, roles, inputs):
+        found = gather(stream, block, roles, inputs)
+        passes.append(roles)
+        for role, moment in found.items():
+            moments.setdefault(role, moment.clone())
+        return found
 
-    monkeypatch.setattr(Stream, "second_moment", spy)
+    monkeypatch.setattr(Stream, "second_moments", spy)
     model = build_tiny(family)
     state = quantized(model, tokens, "W3A16g16", **options).state(0)
     spec, block = spec_of(model), blocks_of(model)[0]
+    one_pass = [[roles[0] for roles in spec.shared_inputs]]
+    assert passes[: len(passes) // 2] == (
+        [[r] for r in one_pass[0]] if "true_sequential" in options else one_pass
+    )
     options = {k: v for k, v in options.items() if k == "act_order"}
     options["static_groups"] = options.get("act_order", False)
-    for roles, moment in zip(spec.shared_inputs, moments, strict=False):
+    for roles in spec.shared_inputs:
+        moment = moments[roles[0]]
         for role in roles:
             weight = block.get_submodule(spec.linears[role]).weight.detach()
             expected = quantize_columns(weight, moment, Grid(3, group_size=16), **options).weight
@@ -130,16 +138,15 @@ def test_recorded_errors_of_both_roundings_are_those_of_a_float64_computation(
 
 
 def test_raised_damping_and_lost_races_are_notes_of_the_row(tiny_llama, tokens, monkeypatch) -> None:
-    gather = Stream.second_moment
+    gather = Stream.second_moments
 
-    def spoiled(self, block, role, inputs):
-        moment = gather(self, block, role, inputs)
-        if role != "o":
-            return moment
-        lowest = torch.linalg.eigvalsh(moment.double())[0]
-        return moment - float(lowest + 0.05 * moment.diagonal().mean()) * torch.eye(len(moment))
+    def spoiled(self, block, roles, inputs):
+        moments = gather(self, block, roles, inputs)
+        lowest = torch.linalg.eigvalsh(moments["o"].double())[0]
+        less = float(lowest + 0.05 * moments["o"].diagonal().mean())
+        return moments | {"o": moments["o"] - less * torch.eye(len(moments["o"]))}
 
-    monkeypatch.setattr(Stream, "second_moment", spoiled)
+    monkeypatch.setattr(Stream, "second_moments", spoiled)
     notes = quantized(tiny_llama, tokens).notes
     assert "block 0 o: gptq raised its damping to 0.08, the Hessian was not positive definite" in notes
     assert all(" o: " in note for note in notes)

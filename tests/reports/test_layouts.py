@@ -203,7 +203,7 @@ def test_an_accuracy_that_guessing_explains_says_so() -> None:
     text = render(found, width=120)
     (good,) = re.findall(r"good.*?([\d.]+°?) ±", text)[:1]
     (guess,) = re.findall(r"guess .*?([\d.]+°?) ±", text)[:1]
-    assert not good.endswith("°") and guess.endswith("°") and "° not shown to be above guessing" in text
+    assert not good.endswith("°") and guess.endswith("°") and "° not shown to be above what" in text
     assert r"$^\circ$" in render(found, "latex")
 
 

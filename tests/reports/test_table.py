@@ -138,7 +138,7 @@ def test_a_task_that_no_row_does_better_than_guessing_says_so() -> None:
         assert row.scores["average/acc"].chance == 0.25 and row.scores["average/acc"].above_chance
     text = comparison.render("table", 120)
     assert len(re.findall(r"0\.2\d\d ±0\.0\d\d°", text)) == 2 and text.count("°") == 3
-    assert "° not shown to be above guessing" in text
+    assert "° not shown to be above what guessing gives: arc 0.25\n" in text
     assert "°" not in compare(make_run(tasks=7)).render("table", 200)  # no chance is known
     assert "^\\circ" in comparison.render("latex")
 
@@ -181,6 +181,17 @@ def test_protocol_contract_and_notes_stand_below() -> None:
     assert text.count("attention logits overflow") == 1
 
 
+def test_metrics_of_one_protocol_share_a_line() -> None:
+    def metrics(protocol: str) -> dict[str, Metric]:
+        return {f"piqa/{name}": accuracy(3, 0.5, protocol) for name in ("acc", "acc_norm")}
+
+    text = compare([baseline(metrics=metrics("piqa (0-shot)"))]).render("table", 120)
+    assert [line for line in lines(text) if "0-shot" in line] == ["piqa acc, acc_norm: piqa (0-shot), n=400"]
+    apart = metrics("piqa (0-shot)") | {"piqa/acc": accuracy(3, 0.5, "piqa (5-shot)")}
+    text = compare([baseline(metrics=apart)]).render("table", 120)
+    assert len([line for line in lines(text) if "-shot" in line]) == 2
+
+
 def test_missing_is_a_dash_and_an_all_missing_column_is_not_printed() -> None:
     rows = [baseline(), make_result("rtn"), make_result("gptq", extra=0.2, metrics={}, bits_per_weight=None)]
     for row in rows:
@@ -195,7 +206,8 @@ def test_missing_is_a_dash_and_an_all_missing_column_is_not_printed() -> None:
 @pytest.mark.parametrize(
     ("value", "text"),
     [(1.12345, "1.123"), (9.9994, "9.999"), (25.171, "25.17"), (999.994, "999.99"), (1234.56, "1234.6"),
-     (99999.0, "99999.0"), (123456.0, "1.23e+05"), (float("inf"), "∞"), (float("nan"), "—"), (-0.5, "-0.500")],
+     (99999.0, "99999.0"), (123456.0, "1.23e+05"), (float("inf"), "∞"), (float("nan"), "—"), (-0.5, "-0.500"),
+     (0.0, "0.000"), (0.00042, "0.000420"), (-0.0099, "-0.00990"), (0.01, "0.010"), (3e-9, "3.00e-09")],
 )  # fmt: skip
 def test_values(value: float, text: str) -> None:
     assert format_value(value) == text
