@@ -20,7 +20,9 @@ def test_the_page_is_what_render_makes(tmp_path, monkeypatch) -> None:
 
 def test_every_folder_dequantizes_to_its_row_and_takes_its_bytes() -> None:
     exports = json.loads(runtimes.DATA.read_text())["exports"]
-    assert len(exports) == 17  # two models × (three weight-only rows × two formats + two W8A8 rows), and one AWQ folder
+    assert (
+        len(exports) == 17
+    )  # two models × (three weight-only rows × two formats + two W8A8 rows), and one AWQ folder
     for export in exports:
         own = export["certificate"]["checks"][0]
         assert (own["runtime"], own["verified"], own["top1_agreement"]) == ("dequantized", True, 1)
