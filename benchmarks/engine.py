@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py                    # one GPU: LLaMA-7B shapes, windows of 2048 tokens
     python benchmarks/engine.py --device cpu --hidden 256 --mlp 640 --heads 4 --seq-len 256 --blocks 4 --samples 16
+    python benchmarks/engine.py --profile          # where the time goes, by category and by kernel
 
 The floor is a plain forward and backward pass of the same block, in bfloat16 on a GPU, captured as a graph where the
 engine's step is. Weights and windows are random: the time does not depend on them. What is timed is
@@ -13,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qbench.engine import attention
@@ -31,6 +36,7 @@ from qbench.engine.prepare import PreparedBlock, block_tensors
 from qbench.engine.settings import EngineSettings
 from qbench.methods import METHODS
 from qbench.models.llama import LLAMA
+from qbench.quant.fake import _ClosedForm
 from qbench.quant.grid import Grid
 from qbench.scheme import Scheme
 
@@ -60,6 +66,7 @@ class Bench:
         )  # fmt: skip
         with self.device:
             model = LlamaForCausalLM(config).eval().requires_grad_(False)
+        model.to(self.autocast or torch.float32)  # half precision, as checkpoints hold it
         model.set_attn_implementation(attention.register())
         self.block = model.model.layers[0]
         self.spec = LLAMA.block_spec(self.block, config)
@@ -160,17 +167,164 @@ class Bench:
         return sum(_bytes(t._data) for t in (self.inputs, self.target))
 
 
-def kernels(bench: Bench, method: str, scheme: str, batch: int, rows: int = 25) -> str:
-    """Where a step's time goes: milliseconds per sample of each GPU kernel, largest first."""
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    bench.step_ms(method, scheme, batch, profiler)
-    spent = {e.key: (e.self_device_time_total / 1e3, e.count) for e in profiler.key_averages()}
+Kernels = list[tuple[str, float]]  # (kernel, milliseconds) in the order in which they ran
+CATEGORIES = {
+    "GEMM": r"gemm|nvjet|cutlass|xmma|splitk|gemv|::(mm|addmm|bmm|baddbmm|mv|addmv|dot)\b|linear_pointwise",
+    "attention": r"flash|fmha|attention|sdpa|softmax",
+    "fake-quant weights": r"^weight_",
+    "fake-quant activations": r"^_(forward|backward)(_wide)?(_|$)",
+    "optimizer": r"adam|multi_tensor",
+    "copies": r"memcpy|memset|copy_kernel",
+}
+BETWEEN = "transforms and inverses"  # whatever runs before and after the block itself, but for the above
+REST = "elementwise and norms"
+
+
+def breakdown(kernels: Kernels, weights: int | None) -> dict[str, float]:
+    """Milliseconds by category.
+
+    A step runs the transforms, quantizes the weights, passes the block forward and backward, and goes back through the
+    weights and the transforms to the optimizer. So of a step's fake-quantization kernels the first and the last are the
+    weights', and products before and after those of the block are the transforms'.
+
+    Args:
+        kernels: Of whole steps, in order.
+        weights: Weights quantized in a step; None where their kernels already go by `weight_…`.
+    """
+    spent = dict.fromkeys((*CATEGORIES, BETWEEN, REST), 0.0)
+    step: Kernels = []
+    for i, (name, ms) in enumerate(kernels):
+        step.append((name, ms))
+        ends = _category(name) == "optimizer" and (
+            i + 1 == len(kernels) or _category(kernels[i + 1][0]) != "optimizer"
+        )
+        if ends or i + 1 == len(kernels):
+            _add_step(spent, step if weights is None else _marked(step, weights))
+            step = []
+    return spent
+
+
+def _marked(step: Kernels, weights: int) -> Kernels:
+    """The step with the weights' fake quantization named as such."""
+    quantized = [i for i, (name, _) in enumerate(step) if _category(name) == "fake-quant activations"]
+    forward = [i for i in quantized if step[i][0].startswith("_forward")]
+    backward = [i for i in quantized if step[i][0].startswith("_backward")]
+    own = {*forward[:weights], *backward[-weights:]}
+    return [("weight" + name if i in own else name, ms) for i, (name, ms) in enumerate(step)]
+
+
+def _add_step(spent: dict[str, float], step: Kernels) -> None:
+    at_weights = [i for i, (name, _) in enumerate(step) if name.startswith("weight_")]
+    forward = [i for i in at_weights if step[i][0].startswith("weight_forward")]
+    backward = [i for i in at_weights if step[i][0].startswith("weight_backward")]
+    first, last = (forward[-1] if forward else -1), (backward[0] if backward else len(step))
+    for i, (name, ms) in enumerate(step):
+        category = _category(name)
+        if not first < i < last and category in ("GEMM", REST):
+            category = BETWEEN
+        spent[category] += ms
+
+
+def _category(kernel: str) -> str:
+    for category, pattern in CATEGORIES.items():
+        if re.search(pattern, kernel, re.IGNORECASE):
+            return category
+    return REST
+
+
+class Operations(TorchDispatchMode):
+    """Records (operation, milliseconds) in order on a CPU; a call of fake quantization counts as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Kernels = []
+        self.recording = False
+
+    def start(self) -> None:
+        """As a profiler's."""
+        self.recording = True
+        self.__enter__()
+
+    def stop(self) -> None:
+        """As a profiler's."""
+        self.__exit__(None, None, None)
+        self.recording = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        started = time.perf_counter()
+        out = func(*args, **(kwargs or {}))
+        self.seen.append((str(func).replace("aten.", "aten::"), 1e3 * (time.perf_counter() - started)))
+        return out
+
+    @contextmanager
+    def whole_calls(self) -> Iterator[None]:
+        """Within, fake quantization is seen as calls, those of matrices as the weights'."""
+
+        def seen_as(name: str, call: Any) -> Any:
+            def run(ctx: Any, first: Tensor, *args: Any) -> Any:
+                if not self.recording:
+                    return call(ctx, first, *args)
+                with _disable_current_modes():
+                    started = time.perf_counter()
+                    out = call(ctx, first, *args)
+                    ms = 1e3 * (time.perf_counter() - started)
+                self.seen.append((("weight" if first.dim() == 2 else "") + name, ms))
+                return out
+
+            return staticmethod(run)
+
+        kept = {name: vars(_ClosedForm)[name] for name in ("forward", "backward")}
+        for name in kept:
+            setattr(_ClosedForm, name, seen_as(f"_{name}", getattr(_ClosedForm, name)))
+        try:
+            yield
+        finally:
+            for name, original in kept.items():
+                setattr(_ClosedForm, name, original)
+
+
+def profile(bench: Bench, method: str, scheme: str, batch: int) -> dict[str, Any]:
+    """Where a step's time goes: milliseconds per sample by category and by kernel (on a CPU: by operation)."""
+    if bench.device.type == "cuda":
+        recorder = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        bench.step_ms(method, scheme, batch, recorder)
+        events = [e for e in recorder.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [e for e in events if not getattr(e, "is_user_annotation", False)]
+        events.sort(key=lambda e: e.time_range.start)
+        run = [(e.name, e.time_range.elapsed_us() / 1e3) for e in events]
+        weights = len(bench.spec.linears)
+    else:
+        operations = Operations()
+        with operations.whole_calls():
+            bench.step_ms(method, scheme, batch, operations)
+        run, weights = operations.seen, None
     n = len(bench.inputs)
-    lines = [
-        f"{method} {scheme}, batch {batch}: {sum(ms for ms, _ in spent.values()) / n:.2f} ms of kernels per sample"
-    ]
-    for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:rows]:
-        lines.append(f"{ms / n:8.3f} ms {count / n:6.1f} × {name[:110]}")
+    by_kernel: dict[str, tuple[float, int]] = {}
+    for name, ms in run:
+        total, count = by_kernel.get(name, (0.0, 0))
+        by_kernel[name] = total + ms / n, count + 1
+    return {
+        "method": method, "scheme": scheme, "batch": batch,
+        "ms": {category: ms / n for category, ms in breakdown(run, weights).items()},
+        "kernels": [
+            {"name": name[:160], "ms": ms, "count": count / n}
+            for name, (ms, count) in sorted(by_kernel.items(), key=lambda item: -item[1][0])[:40]
+        ],
+    }  # fmt: skip
+
+
+def profile_table(profiles: list[dict[str, Any]]) -> str:
+    """Markdown: a row per category, milliseconds per sample and share, a column per job."""
+    heads = [f"{p['method']} {p['scheme']}, batch {p['batch']}" for p in profiles]
+    lines = [f"| ms per sample | {' | '.join(heads)} |", "|---|" + "--:|" * len(heads)]
+    totals = [sum(p["ms"].values()) for p in profiles]
+    for category in profiles[0]["ms"]:
+        cells = [
+            f"{p['ms'][category]:.2f} ({p['ms'][category] / total:.0%})"
+            for p, total in zip(profiles, totals, strict=True)
+        ]
+        lines.append(f"| {category} | {' | '.join(cells)} |")
+    lines.append(f"| all | {' | '.join(f'{total:.2f}' for total in totals)} |")
     return "\n".join(lines)
 
 
@@ -196,7 +350,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32, help="for the projection")
     parser.add_argument("--samples", type=int, default=128, help="for the projection")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--profile", action="store_true", help="print the GPU kernels of each job instead")
+    parser.add_argument("--profile", action="store_true", help="print where each job's time goes instead")
     arguments = parser.parse_args()
     bench = Bench(arguments)
     name = (
@@ -206,8 +360,15 @@ def main() -> None:
     )
     reference = (arguments.hidden, arguments.mlp, arguments.seq_len) == (4096, 11008, 2048)
     if arguments.profile:
+        profiles = []
         for method, scheme, batch, _, _ in JOBS:
-            print(kernels(bench, method, scheme, batch), flush=True)
+            profiles.append(profile(bench, method, scheme, batch))
+            for kernel in profiles[-1]["kernels"][:12]:
+                print(f"{kernel['ms']:8.3f} ms {kernel['count']:6.1f} × {kernel['name'][:100]}")
+            print(f"{method} {scheme}, batch {batch}: the largest of its kernels\n", flush=True)
+        print(f"{name}, torch {torch.__version__}\n\n{profile_table(profiles)}")
+        if arguments.json:
+            arguments.json.write_text(json.dumps({"device": name, "profiles": profiles}, indent=1))
         return
     floor = bench.floor_ms()
     print(

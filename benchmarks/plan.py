@@ -1,8 +1,8 @@
-"""How well `qbench plan` predicts: time and peak memory of a sweep's worker, predicted and then measured.
+"""How well `qbench plan` predicts: time and peak memory of a sweep, predicted and then measured.
 
     python benchmarks/plan.py SWEEP.yaml [--json FILE] [further options of `qbench sweep`: --model, --eval, …]
 
-Wall time is that of the workers, from the start of each process to its end; peak memory is the largest that any record
+Wall time is that of the command `qbench sweep`, from its start to its end; peak memory is the largest that any record
 reports. Nothing else should run on the machine. Exit status 1 beyond 30% of time or 15% of memory.
 """
 
@@ -34,16 +34,6 @@ def qbench(*arguments: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def seconds_of(text: str) -> float:
-    """`1m30s`, `12.3s` as the log prints it."""
-    total = 0.0
-    for unit, size in (("h", 3600.0), ("m", 60.0), ("s", 1.0)):
-        head, mark, rest = text.partition(unit)
-        if mark:
-            total, text = total + float(head) * size, rest
-    return total
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,10 +55,10 @@ def main() -> None:
         probing = time.perf_counter() - began
         keep(plan=plan, probing_s=probing)
         print(f"probing took {probing:.0f} s; predicted {predicted['seconds']:.0f} s", flush=True)
+        began = time.perf_counter()
         _, log = qbench("sweep", *arguments)
+        measured = time.perf_counter() - began
         lines = [line for line in log.splitlines() if line.startswith("[")]
-        # The first line is printed when the worker is started, the last when the last cell is settled.
-        measured = seconds_of(lines[-1][1:].partition("]")[0]) - seconds_of(lines[0][1:].partition("]")[0])
         rows = ResultStore(Path(name, "out")).load_all()
         cpu = max(row.cost.peak_cpu_bytes or 0 for row in rows)
         gpu = max(row.cost.peak_gpu_bytes or 0 for row in rows)

@@ -71,11 +71,13 @@ class Executor(Protocol):
 
 @dataclass
 class _Process:
-    job: Job
+    """A worker; its job and the thread that reads what it says come when it is given one."""
+
     process: subprocess.Popen[str]
     log: IO[bytes]
     device: str | None
-    reader: threading.Thread = field(init=False)
+    job: Job = field(init=False)
+    reader: threading.Thread | None = None
 
 
 class LocalExecutor:
@@ -94,9 +96,14 @@ class LocalExecutor:
         self._threads = threads
         self._said: queue.Queue[tuple[Job, Event]] = queue.Queue()
         self._running: list[_Process] = []
+        self._idle: list[_Process] = []
 
-    def start(self, job: Job) -> None:
-        """See `Executor`."""
+    def warm(self, jobs: int) -> None:
+        """Start workers for jobs to come: they import their code while the caller is still busy with other things."""
+        while len(self._idle) < min(jobs, self.slots):
+            self._idle.append(self._spawn())
+
+    def _spawn(self) -> _Process:
         device = self._free.pop(0)
         log = tempfile.TemporaryFile()  # noqa: SIM115 (closed when its process has ended)
         process = subprocess.Popen(
@@ -108,12 +115,18 @@ class LocalExecutor:
             text=True,
             start_new_session=True,  # Ctrl-C reaches the sweep, which ends its workers itself
         )
-        running = _Process(job, process, log, device)
+        return _Process(process, log, device)
+
+    def start(self, job: Job) -> None:
+        """See `Executor`."""
+        running = self._idle.pop(0) if self._idle else self._spawn()
+        running.job = job
         self._running.append(running)
-        assert process.stdin is not None
+        pipe = running.process.stdin
+        assert pipe is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: its exit says so
-            process.stdin.write(json.dumps(job.as_json()) + "\n")
-            process.stdin.flush()
+            pipe.write(json.dumps(job.as_json()) + "\n")
+            pipe.flush()
         running.reader = threading.Thread(target=self._read, args=(running,), daemon=True)
         running.reader.start()
 
@@ -157,17 +170,20 @@ class LocalExecutor:
 
     def close(self) -> None:
         """See `Executor`."""
-        for running in self._running:
-            running.process.kill()
-        for running in self._running:
-            running.process.wait()
-            _close(running)
+        every = [*self._running, *self._idle]
+        for worker in every:
+            worker.process.kill()
+        for worker in every:
+            worker.process.wait()
+            _close(worker)
         self._running.clear()
+        self._idle.clear()
 
 
 def _close(running: _Process) -> None:
     """Let go of everything that an ended process had."""
-    running.reader.join()
+    if running.reader is not None:
+        running.reader.join()
     running.log.close()
     for pipe in (running.process.stdin, running.process.stdout):
         assert pipe is not None

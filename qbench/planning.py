@@ -1,11 +1,13 @@
 """What a pass will cost, from a short probe of one block on this machine, before anything is computed.
 
-A block of every method at every scheme is really quantized, on few windows and for one or two epochs, and the time is
+A block of every method at every scheme is really quantized, on few windows and for few epochs, and the time is
 extrapolated: with k windows and e epochs a block takes
 
     T(k, e) = fixed + forward · k + step · k · e,
 
-three unknowns from three probes; a rounding rule that is learned adds a fourth, its iterations. The full-precision pass
+and a rounding rule that is learned adds a fourth term, its iterations. Windows, epochs and iterations are doubled,
+each by itself, until a probe takes half as long again as the shortest one or is at full size: on a GPU, where a block's
+fixed costs are a second and a step a millisecond, one doubling would be lost in the noise. The full-precision pass
 is measured beside it, evaluation by scoring a few windows with the probed block in the place of every block, and memory
 as the peaks of exactly these, plus the hidden states of all windows, whose size is known. Tasks and comparisons with
 full precision (fidelity) are not probed: a plan of a suite that has them says so.
@@ -16,7 +18,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -47,6 +49,7 @@ from qbench.scheme import Scheme
 ARRAYS = 3  # of hidden states besides one per lane: full-precision inputs and outputs, one lane's outputs
 NOT_PROBED = ("tasks", "word_perplexity", "fidelity", "generate")  # of EvalConfig
 ITERATIONS = 16  # of a learned rounding rule, in the shorter probe
+GROWTH = 1.5  # how much longer a longer probe must take to say something
 SAMPLE_S = 0.002  # between looks at memory where the system keeps no peak of its own
 
 
@@ -80,6 +83,7 @@ class PassPlan:
 
     Attributes:
         start_s: Starting a process, loading the model, reading the texts.
+        import_s: The process alone, a part of `start_s`: the first one starts while the sweep is checked.
         shared_s: The full-precision pass through the blocks, once per part.
         baseline_s: Evaluating the full-precision model, 0 if that is known.
         parts: Passes that memory splits the cells into.
@@ -97,6 +101,7 @@ class PassPlan:
     parts: int
     cpu_bytes: int
     gpu_bytes: int | None
+    import_s: float = 0.0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -177,10 +182,9 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
         NumericalError: A method breaks down on the first block already.
     """
     with tempfile.TemporaryDirectory(prefix="qbench-plan-") as scratch:
+        imported = process_age()
         common, cells = prepare(config, wanted, listener)
-        started = (
-            time.time() - psutil.Process().create_time()
-        )  # imports, model and texts: a worker does the same
+        started = process_age()  # imports, model and texts: a worker does the same
         load_peak = peak_cpu_bytes()
         loaded, settings, ids = common.loaded, common.settings, common.calibration.ids
         resident = psutil.Process().memory_info().rss
@@ -224,6 +228,7 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
             model=config.model,
             cells=plans,
             start_s=started,
+            import_s=imported,
             shared_s=shared * len(loaded.blocks) * n_parts,
             baseline_s=baseline_s,
             parts=n_parts,
@@ -237,6 +242,11 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
         )
 
 
+def process_age() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
+
+
 class _Prober:
     """Measures single blocks of one model."""
 
@@ -246,23 +256,35 @@ class _Prober:
         batch = settings.forward_batch(ids.shape[1])
         few = min(max(2, batch), max(2, len(ids) // 8))
         few = -(-few // settings.batch_size) * settings.batch_size  # whole optimizer steps
-        self.few, self.more = min(few, len(ids)), min(2 * few, len(ids))
+        self.few = min(few, len(ids))
         self.shared_s: float | None = None
+        self.seen: set[type] = set()
 
     def block(self, method: Planner, scheme: Scheme) -> tuple[_Probe, float]:
         """One block of a cell; and the seconds of a block of the full-precision pass, which all cells share."""
         full: list[tuple[int, int]] = []
-        if self.shared_s is None:  # the first run of anything is slow: not what a whole pass is like
+        on_gpu = self.settings.device.type == "cuda"
+        if not self.seen or (on_gpu and type(method) not in self.seen):
+            # the first run of anything is slow, on a GPU of any method: not what a whole pass is like
             self._run(method, scheme, self.few, 1, ITERATIONS, full)
+        self.seen.add(type(method))
         first = self._run(method, scheme, self.few, 1, ITERATIONS, full)
         epochs, iterations = full[-1] if full else (0, 0)  # none: nothing is quantized
-        runs = [first]
-        if self.more > self.few:
-            runs.append(self._run(method, scheme, self.more, 1, ITERATIONS, full))
-        if epochs > 1:
-            runs.append(self._run(method, scheme, self.few, 2, ITERATIONS, full))
-        if iterations > ITERATIONS:
-            runs.append(self._run(method, scheme, self.few, 1, 2 * ITERATIONS, full))
+
+        def longer(start: int, end: int, run: Callable[[int], _Run]) -> Iterator[_Run]:
+            size = start
+            while size < end:
+                size = min(2 * size, end)
+                yield (found := run(size))
+                if found.lane_s >= GROWTH * first.lane_s:
+                    return
+
+        runs = [
+            first,
+            *longer(self.few, len(self.ids), lambda k: self._run(method, scheme, k, 1, ITERATIONS, full)),
+            *longer(1, epochs, lambda e: self._run(method, scheme, self.few, e, ITERATIONS, full)),
+            *longer(ITERATIONS, iterations, lambda i: self._run(method, scheme, self.few, 1, i, full)),
+        ]
         known = [
             self._facts(run.windows, min(run.epochs, epochs), min(run.iterations, iterations)) for run in runs
         ]

@@ -71,7 +71,8 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     loaded = load(config, listener)
     if config.export:
         lanes = [Lane(c.label, c.method, c.scheme) for c in resolved_cells(wanted, methods, loaded)]
-        foresee(loaded, lanes, config.export, config.quantizer.zero_in_range)
+        for note in foresee(loaded, lanes, config.export, config.quantizer.zero_in_range):
+            listener.note(note)
     rows: list[Result] = []
     errors: list[QbenchError] = []
     for seed in range(config.calibration.seed, config.calibration.seed + config.seeds):

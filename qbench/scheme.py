@@ -25,7 +25,7 @@ class Scheme:
         wbits: Bits of every linear weight inside the blocks; 16 leaves weights untouched.
         abits: Bits of the input of every such linear and of the attention operands q, k, v,
             quantized per token at run time; 16 leaves them untouched.
-        kvbits: Bits of k and v where they differ from `abits` (`W4A8KV4`); None follows `abits`.
+        kvbits: Bits of k and v where they differ from `abits` (`W4A8KV4`); None follows `abits`; 16 leaves q alone too.
         group_size: Consecutive input channels that share a scale; None means one per output channel.
         symmetric: Weight grid centred on zero, without a stored zero point.
     """
@@ -82,7 +82,9 @@ class Scheme:
 
     @property
     def attention_bits(self) -> tuple[int, int]:
-        """Bits of (q, k-and-v) as the attention product sees them."""
+        """Bits of (q, k-and-v) as the attention product sees them; with KV16 it is a 16-bit product, q included."""
+        if self.kvbits == 16:
+            return 16, 16
         return self.abits, self.abits if self.kvbits is None else self.kvbits
 
     @property

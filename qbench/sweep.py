@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qbench import provenance
 from qbench.cells import Cell, ExecutorConfig, passes
@@ -19,8 +19,10 @@ from qbench.config import PLACES
 from qbench.errors import ConfigError, QbenchError
 from qbench.executors import Event, Executor, Job, LocalExecutor
 from qbench.failures import Failure, FailureStore
-from qbench.planning import PassPlan
 from qbench.results import Result, ResultStore, require_writable
+
+if TYPE_CHECKING:
+    from qbench.planning import PassPlan
 
 POLL_S = 0.2
 
@@ -114,8 +116,12 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def make_executor(config: ExecutorConfig) -> Executor:
+def make_executor(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
     """The executor that a sweep asks for.
+
+    Args:
+        config: Which, and how many workers.
+        cells: What it will compute: cells that are all for the CPU get one worker, however many GPUs there are.
 
     Raises:
         ConfigError: If Ray is asked for and not installed.
@@ -124,10 +130,35 @@ def make_executor(config: ExecutorConfig) -> Executor:
         from qbench.ray_executor import RayExecutor
 
         return RayExecutor(config)
-    devices = visible_gpus()
-    slots = config.workers or max(1, len(devices))
+    devices, slots = places(config, cells)
     pinned = [devices[i % len(devices)] for i in range(slots)] if len(devices) > 1 else []
     return LocalExecutor(slots, pinned)
+
+
+def places(config: ExecutorConfig, cells: Sequence[Cell]) -> tuple[list[str], int]:
+    """GPUs that a sweep on this machine uses, and how many workers at once."""
+    devices = [] if all(cell.config.compute.device == "cpu" for cell in cells) else visible_gpus()
+    return devices, config.workers or max(1, len(devices))
+
+
+def checked(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
+    """The executor of a sweep that has passed `check`; this machine's workers import their code meanwhile.
+
+    Raises:
+        ConfigError: See `check` and `make_executor`.
+    """
+    if config.kind == "ray":
+        check(cells)  # before anybody asks a cluster for anything
+        return make_executor(config, cells)
+    executor = make_executor(config, cells)
+    try:
+        if isinstance(executor, LocalExecutor):
+            executor.warm(len(jobs(cells, executor.slots)))
+        check(cells)
+    except BaseException:
+        executor.close()
+        raise
+    return executor
 
 
 def visible_gpus() -> list[str]:
@@ -157,16 +188,23 @@ def jobs(cells: Sequence[Cell], slots: int, kind: str = "pass") -> list[Job]:
     return parts
 
 
-def plan(cells: Sequence[Cell], watcher: Watcher) -> list[PassPlan]:
+def plan(cells: Sequence[Cell], watcher: Watcher, slots: int = 1) -> list[PassPlan]:
     """Predict every pass of a sweep, one after the other, each in a process of its own as it will be computed.
+
+    Args:
+        cells: From `expand`, checked by `check`.
+        watcher: Told of progress.
+        slots: Workers that the sweep will have: passes are split for them as they will be.
 
     Raises:
         ConfigError: If a probe fails, with its reason.
     """
+    from qbench.planning import PassPlan
+
     executor = LocalExecutor()
     plans: list[PassPlan] = []
     try:
-        for job in jobs(cells, 1, "plan"):
+        for job in jobs(cells, slots, "plan"):
             executor.start(job)
             ended = False
             while not ended:

@@ -84,10 +84,15 @@ def work(job: Mapping[str, Any], send: Send) -> None:
 
 
 def main() -> None:
-    """Read the job, then work until it is done or nobody listens any more."""
+    """Get ready, read the job, then work until it is done or nobody listens any more."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever prints to stdout goes to the log instead of between the events
-    job = json.loads(_first_line())
+    import qbench.runner  # noqa: F401 (it takes seconds, and the job may not be there yet)
+
+    line = _first_line()
+    if not line:  # the sweep ended before it had a job for this worker
+        return
+    job = json.loads(line)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = threading.Lock()
 

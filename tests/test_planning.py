@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,29 @@ def test_a_blocks_time_is_extrapolated_over_windows_epochs_and_iterations(
     assert (probe.work_bytes, probe.gpu_work_bytes, probe.file_bytes) == (5, 7, 9)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "step", "least"), [(0.01, 0.05, 3), (1.0, 0.002, 20)], ids=["a CPU's", "a GPU's"]
+)
+def test_probes_grow_until_they_can_be_told_apart(monkeypatch, fixed: float, step: float, least: int) -> None:
+    """Times that are 3% off at random: where a step is a five-hundredth of what is fixed, two of them say nothing."""
+    noise = random.Random(0)
+    longest = []
+
+    def run(self, method, scheme, k, epochs, iterations, full):
+        full.append((20, 0))
+        longest.append(epochs)
+        seconds = (fixed + step * k * min(epochs, 20)) * noise.uniform(0.97, 1.03)
+        return planning._Run(k, epochs, iterations, seconds, 0.1, 5, 7, None, 9)
+
+    monkeypatch.setattr(planning._Prober, "_run", run)
+    prober = planning._Prober(
+        None, EngineSettings(torch.device("cpu")), torch.zeros(64, 512, dtype=torch.int64), Path("unused")
+    )
+    probe, _ = prober.block(None, None)
+    assert probe.seconds == pytest.approx(fixed + step * 64 * 20, rel=0.2)
+    assert max(longest) <= least
+
+
 METHODS = ["rtn", {"name": "omniquant", "options": {"epochs": 3}}]
 
 
@@ -144,9 +168,9 @@ def test_what_does_not_fit_is_refused_with_what_would(here, monkeypatch) -> None
 
 
 def test_the_command_line_prints_and_refuses(here, monkeypatch) -> None:
-    def planned(cells, view) -> list[PassPlan]:
+    def planned(cells, view, slots) -> list[PassPlan]:
         cell = planning.CellPlan(cells[0].label, 6, False, 90.0, 12.0, 3 << 20)
-        return [PassPlan("tiny", [cell], 5.0, 1.0, 12.0, 1, 2 << 30, None, problems)]
+        return [PassPlan("tiny", [cell], 17.0, 1.0, 0.0, 1, 2 << 30, None, 5.0, problems)]
 
     problems: list[str] = []
     monkeypatch.setattr(sweeps, "plan", planned)
@@ -160,12 +184,13 @@ def test_the_command_line_prints_and_refuses(here, monkeypatch) -> None:
         "--eval",
         f"own={here.evaluation}",
     ]
+    monkeypatch.setattr(planning, "process_age", lambda: 7.0)  # of which 5 s are a worker's too
     result = CliRunner().invoke(main, [*map(str, arguments), "--output", str(here.output)])
     assert result.exit_code == 0, result.output
     assert (
         "rtn W4A4" in result.stdout and "1m30s" in result.stdout.replace(" ", "") and "3 MiB" in result.stdout
     )
-    assert "1 pass, 1 at a time: 2m00s, peak memory 2.00 GiB, disk 3 MiB" in result.stdout
+    assert "1 pass, 1 at a time: 2m02s, peak memory 2.00 GiB, disk 3 MiB" in result.stdout
     problems.append("needs 2.0 GiB of memory, 1.0 GiB are free. Use fewer.")
     result = CliRunner().invoke(main, [*map(str, arguments)])
     assert result.exit_code == 2 and "Error: tiny: needs 2.0 GiB of memory" in result.stderr

@@ -57,6 +57,7 @@ def test_a_group_size_that_is_not_positive_is_refused() -> None:
 def test_kv_bits_follow_activations_unless_given() -> None:
     assert Scheme.parse("W4A8").attention_bits == (8, 8)
     assert Scheme.parse("W4A8KV4").attention_bits == (8, 4)
+    assert Scheme.parse("W8A8KV16").attention_bits == (16, 16)  # with 16-bit keys the product has 16 bits
 
 
 def test_identity_quantizes_nothing_at_all() -> None:

@@ -5,6 +5,7 @@ Most of it runs the worker's own function in this process; two tests start and k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -242,7 +244,16 @@ def test_a_correct_sweep_passes_the_check_without_reading_a_weight(here, monkeyp
 def test_ray_is_asked_for_and_not_there(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"Install qbench\[ray\], or use --executor local"):
-        sweeps.make_executor(ExecutorConfig(kind="ray"))
+        sweeps.make_executor(ExecutorConfig(kind="ray"), [])
+
+
+@pytest.mark.parametrize(("device", "slots"), [("cpu", 1), ("auto", 3)])
+def test_there_is_a_worker_per_gpu_unless_all_cells_are_for_the_cpu(here, monkeypatch, device, slots) -> None:
+    monkeypatch.setattr(sweeps, "visible_gpus", lambda: ["0", "2", "5"])
+    cells = cells_of(here, compute={"device": device})
+    executor = sweeps.make_executor(ExecutorConfig(), cells)
+    assert executor.slots == slots
+    executor.close()
 
 
 # ---------------------------------------------------------------------------------- real processes
@@ -278,6 +289,37 @@ def test_a_killed_worker_leaves_the_same_store_as_none(here) -> None:
     assert FailureStore(here.output).load_all() == [] and len(stored(here.output)) == 2
 
 
+def test_workers_start_while_the_sweep_is_checked(here, monkeypatch) -> None:
+    """The worker that is there before the check takes the job, and goes when the check refuses."""
+    seen: list[psutil.Process] = []
+
+    def looking(cells) -> None:
+        seen.extend(psutil.Process().children())
+        if refuse:
+            raise ConfigError("refused")
+
+    monkeypatch.setattr(sweeps, "check", looking)
+    cells = cells_of(here, methods=["rtn"], schemes=["W4A4"])
+    refuse = True
+    with pytest.raises(ConfigError, match="refused"):
+        sweeps.checked(ExecutorConfig(), cells)
+    (gone,) = seen
+    assert not gone.is_running()
+    refuse = False
+    executor = sweeps.checked(ExecutorConfig(), cells)
+    outcome = sweep(cells, executor, Watching())
+    assert list(outcome.rows) == ["rtn W4A4"] and not outcome.failures
+    assert len(seen) == 2 and not seen[1].is_running() and not psutil.Process().children()
+
+
+def test_a_worker_that_gets_no_job_ends_with_its_sweep() -> None:
+    worker = subprocess.run(
+        [sys.executable, "-m", "qbench.worker"], stdin=subprocess.DEVNULL, capture_output=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)},
+    )  # fmt: skip
+    assert worker.returncode == 0 and worker.stdout == b""
+
+
 def test_a_worker_does_not_outlive_its_sweep(here) -> None:
     (job,) = jobs(cells_of(here), 1)
     worker = subprocess.Popen(
@@ -306,26 +348,35 @@ def test_the_same_sweep_under_ray(here) -> None:
 
     killed: list[int] = []
 
+    def computes(process: psutil.Process, lane: str) -> bool:
+        """Whether it holds the lock of the lane's checkpoint."""
+        with contextlib.suppress(psutil.Error):
+            held = [Path(file.path) for file in process.open_files()]
+            return any(path.name == "lock" and path.parent.name.startswith(lane) for path in held)
+        return False
+
     class Killing(Watching):
         """One worker is killed in the middle of a cell: Ray replaces it."""
 
         def said(self, job: Job, event: Event) -> None:
             super().said(job, event)
             if event["event"] == "block_end" and event["lane"] == "omniquant W4A4" and not killed:
-                import psutil
-
-                pids = [
-                    p.pid
-                    for p in psutil.Process().children(recursive=True)
-                    if "ray::_work" in " ".join(p.cmdline())
-                ]
-                killed.extend(pids)
-                for pid in pids:
-                    os.kill(pid, signal.SIGKILL)
+                everyone = psutil.Process().children(recursive=True)
+                (worker,) = [p for p in everyone if computes(p, "omniquant-W4A4-")]
+                killed.append(worker.pid)
+                worker.kill()
 
     watching = Killing()
     outcome = sweep(cells_of(here), RayExecutor(ExecutorConfig(kind="ray", workers=2)), watching)
     assert killed and outcome.failures == {} and len(outcome.rows) == 6
+    started = [
+        (event["index"], event["resumed"])
+        for _, event in watching.events
+        if event["event"] == "block_start" and event["lane"] == "omniquant W4A4"
+    ]
+    assert (
+        started[0] == (0, False) and (0, True) in started and started[-1][0] == 1
+    )  # taken up, not begun anew
     sweep(cells_of(here, here.folder / "local"), Here(), Watching())
     assert stored(here.output) == stored(here.folder / "local")
 
@@ -337,7 +388,7 @@ def test_the_same_sweep_under_ray(here) -> None:
 def in_process(monkeypatch) -> list[Here]:
     """`qbench sweep` computes in this process."""
     made: list[Here] = []
-    monkeypatch.setattr(sweeps, "make_executor", lambda config: made.append(Here()) or made[-1])
+    monkeypatch.setattr(sweeps, "make_executor", lambda config, cells: made.append(Here()) or made[-1])
     return made
 
 

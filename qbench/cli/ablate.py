@@ -49,8 +49,7 @@ def _ablate(**given: Any) -> None:
         plans.append((cell, found, runs, made))
         cells |= {c.label: c for c in made.values()}
     click.echo(f"{len(cells)} runs, checked before anything is computed …", err=True)
-    sweeps.check(list(cells.values()))
-    executor = sweeps.make_executor(config.executor)
+    executor = sweeps.checked(config.executor, list(cells.values()))
     with watching() as view:
         outcome = sweeps.sweep(list(cells.values()), executor, view, given["retry_failed"])
     results = []

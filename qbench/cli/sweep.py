@@ -21,8 +21,7 @@ def _sweep(**given: Any) -> None:
     from qbench import sweep as sweeps
 
     click.echo(f"{len(cells)} cells, checked before anything is computed …", err=True)
-    sweeps.check(cells)
-    executor = sweeps.make_executor(config.executor)
+    executor = sweeps.checked(config.executor, cells)
     from qbench.cli.compare import show
     from qbench.cli.sweep_view import watching
     from qbench.reports.comparison import compare
@@ -63,13 +62,16 @@ def _plan(**given: Any) -> None:
 
     sweeps.check(cells)
     from qbench.cli.sweep_view import watching
+    from qbench.planning import process_age
 
+    checked_s = process_age()
+    _, workers = sweeps.places(config.executor, cells)
     with watching() as view:
         view.begin(cells)
-        plans = sweeps.plan(cells, view)
+        plans = sweeps.plan(cells, view, workers)
     from qbench.cli.plan_table import print_plans
 
-    print_plans(plans, config.executor.workers or 1, given["format_"])
+    print_plans(plans, workers, given["format_"], checked_s)
     problems = [f"{plan.model}: {problem}" for plan in plans for problem in plan.problems]
     if problems:
         raise ConfigError(" ".join(problems))

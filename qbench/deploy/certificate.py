@@ -14,7 +14,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,6 @@ from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, QbenchError
 from qbench.models.loading import LoadedModel
 from qbench.models.packed import PackedFolder, load_packed
-from qbench.quant.fake import fake_quantize
-from qbench.quant.grid import Grid
 from qbench.quant.uniform import QuantizedWeight
 from qbench.results import RuntimeCheck
 from qbench.scheme import Scheme
@@ -58,6 +56,9 @@ INPUT_ROWS = (
     16  # inputs per linear: enough that one wrong group of one row stands out of half-precision noise
 )
 TIMEOUT_S = 3600  # the first call of some runtimes compiles kernels
+
+
+Rounding = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,12 @@ class Reference:
 
 
 def reference(
-    loaded: LoadedModel, result: LaneResult, settings: EngineSettings, probe: Probe, scheme: Scheme
+    loaded: LoadedModel,
+    result: LaneResult,
+    settings: EngineSettings,
+    probe: Probe,
+    scheme: Scheme,
+    rounding: Rounding | None = None,
 ) -> Reference:
     """Compute the reference, quantizing linears' inputs to `scheme.abits` and no attention operand.
 
@@ -148,15 +154,16 @@ def reference(
         settings: For the grids of the operands.
         probe: What to score.
         scheme: The lane's, with 16-bit activations where the format has none.
+        rounding: How inputs are quantized, where runtimes do it in another order of operations than the table's row.
     """
     model: Any = loaded.model
     blocks: Any = loaded.blocks
     with quantized(model, blocks, loaded.spec, result, settings):
         row = None
-        if result.lane.scheme.attention_bits != (16, 16):
+        if rounding is not None or result.lane.scheme.attention_bits != (16, 16):
             row = perplexity(_logits(model, probe), probe.ids)
             for block in blocks:
-                block.quantize_operands(scheme, settings.zero_in_range)
+                block.quantize_operands(None if rounding else scheme, settings.zero_in_range)
                 setattr(block.block.get_submodule(loaded.spec.attention), attention.ATTRIBUTE, None)
         outputs: list[Tensor] = []
         handles = [
@@ -165,6 +172,12 @@ def reference(
             )
             for block in blocks
         ]
+        if rounding is not None:
+            handles += [
+                linear.register_forward_pre_hook(lambda module, args: (rounding(args[0]), *args[1:]))
+                for block in blocks
+                for linear in block.linears.values()
+            ]
         logits = _logits(model, probe)
         for handle in handles:
             handle.remove()
@@ -334,6 +347,19 @@ def _verdict(
     )
 
 
+@torch.no_grad()
+def departure_in_half(folder: Path, probe: Probe, expected: Reference) -> float:
+    """How far the dequantized model in plain float16 is from itself in float32: KL in nats per token, maybe infinite.
+
+    What is lost here no folder can give back: some models' attention logits are too large for half precision.
+    """
+    ids = probe.ids[:1]  # a whole window: what is lost grows with its length
+    found = load_packed(folder, torch.float16)(input_ids=ids, use_cache=False).logits.float()
+    if not bool(found.isfinite().all()):
+        return math.inf
+    return figures(found, expected.logits[:1], ids)["kl_mean"]
+
+
 def runtimes_at_hand(format_: Format, given: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Which runtimes can be tried on a folder.
 
@@ -387,8 +413,8 @@ def check_runtime(
     folder: Path,
     probe: Probe,
     expected: Reference,
-    scheme: Scheme,
-    packed_dtype: str,
+    rounding: Rounding | None,
+    dtype: str,
 ) -> RuntimeCheck:
     """Load the folder in a runtime of another process and compare linears, blocks and logits.
 
@@ -399,9 +425,9 @@ def check_runtime(
         result: The lane.
         folder: The export.
         probe: Tokens.
-        expected: Of `reference`.
-        scheme: As given to `reference`: the linears' inputs are quantized by it.
-        packed_dtype: For transformers: `float32`, or `auto` where its kernels need half precision.
+        expected: Of `reference`, with the same rounding.
+        rounding: How the format's runtimes quantize the inputs of linears.
+        dtype: `float32`, or `auto`: kernels and everything else in half precision, as the folder says.
     """
     spec, blocks = loaded.spec, loaded.architecture.blocks
     paths = [
@@ -420,7 +446,7 @@ def check_runtime(
         request = {
             "runtime": name,
             "folder": str(folder.resolve()),
-            "dtype": packed_dtype,
+            "dtype": dtype,
             "probe": str(place / "probe.safetensors"),
             "answer": str(place / "answer.safetensors"),
             "blocks": blocks,
@@ -433,11 +459,20 @@ def check_runtime(
             return RuntimeCheck(runtime=name, verified=False, failed_at=f"loading: {error}")
         answer = load_file(place / "answer.safetensors")
     limits = TOLERANCES[reply["dtype"]]
-    failed = _first_wrong_linear(loaded, result, inputs, answer, paths, scheme, limits.linear)
+    failed = _first_wrong_linear(result, inputs, answer, paths, rounding, limits.linear)
     verdict = _verdict(
-        name, reply["dtype"], reply["versions"], failed, answer["logits"], expected, probe, scheme.abits < 16
+        name,
+        reply["dtype"],
+        reply["versions"],
+        failed,
+        answer["logits"],
+        expected,
+        probe,
+        rounding is not None,
     )
     update: dict[str, Any] = {"note": reply.get("note")}
+    if rounding is not None:
+        update["reference_perplexity"] = perplexity(expected.logits, probe.ids)
     if not verdict.verified and failed is None:  # no linear is wrong, the logits are: where does it begin?
         for i, goal in enumerate(expected.blocks):
             off = _relative(answer[f"block.{i}"], goal)
@@ -466,12 +501,11 @@ def _ask(python: str, request: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _first_wrong_linear(
-    loaded: LoadedModel,
     result: LaneResult,
     inputs: Mapping[int, Tensor],
     answer: Mapping[str, Tensor],
     paths: list[tuple[int, str, str]],
-    scheme: Scheme,
+    rounding: Rounding | None,
     limit: float,
 ) -> str | None:
     """The first linear whose response to its input is not that of the lane's integers."""
@@ -481,8 +515,8 @@ def _first_wrong_linear(
             block, state = i, result.state(i).tensors("cpu")
         assert state is not None
         x = inputs[state.weight[role].shape[1]]
-        if scheme.abits < 16:
-            x = fake_quantize(x, Grid(scheme.abits))
+        if rounding is not None:
+            x = rounding(x)
         goal = functional.linear(x, state.weight[role], state.bias[role])
         if not (error := _by_channel(answer[f"linear.{path}"], goal)) <= limit:
             return f"{linear_name(i, path)} (response differs by {error:.2g})"

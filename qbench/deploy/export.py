@@ -12,9 +12,12 @@ from safetensors import safe_open
 
 from qbench.deploy.card import model_card
 from qbench.deploy.certificate import (
+    TOLERANCES,
     Probe,
+    Reference,
     check_dequantized,
     check_runtime,
+    departure_in_half,
     perplexity,
     reference,
     runtimes_at_hand,
@@ -28,7 +31,7 @@ from qbench.deploy.folder import (
     require_replaceable,
     write_model,
 )
-from qbench.deploy.formats import FORMATS, Format
+from qbench.deploy.formats import FORMATS, Format, attention_note
 from qbench.deploy.residue import obstacle, rehearse
 from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.settings import EngineSettings
@@ -63,23 +66,34 @@ class ExportRequest:
     max_shard_bytes: int = MAX_SHARD_BYTES
 
 
-def foresee(loaded: LoadedModel, lanes: Sequence[Lane], formats: Sequence[str], zero_in_range: bool) -> None:
+def foresee(
+    loaded: LoadedModel, lanes: Sequence[Lane], formats: Sequence[str], zero_in_range: bool
+) -> list[str]:
     """Refuse, before calibration, what a format will not be able to hold.
+
+    Returns:
+        Sentences on what it will hold and its runtimes compute otherwise than the row.
 
     Raises:
         ConfigError: An unknown format.
         UnsupportedSchemeError: One sentence per lane and format, with the option to change.
     """
     known = [FORMATS.load(name) for name in formats]
-    problems = []
+    problems, notes = [], []
     for lane in lanes if known else ():
         state = rehearse(loaded, lane)
         for format_ in known:
             states = [] if state is None else [state]
             if (why := refusal(loaded, format_, lane.scheme, zero_in_range, states)) is not None:
                 problems.append(f"{lane.name} cannot be exported as {format_.name}: {why}.")
+            elif format_.quantizes_inputs and lane.scheme.attention_bits != (16, 16):
+                notes.append(
+                    f"{lane.name} as {format_.name}: {attention_note(lane.scheme)}; choose that scheme for a row that "
+                    "equals its export"
+                )
     if problems:
         raise UnsupportedSchemeError(" ".join(problems))
+    return notes
 
 
 def refusal(
@@ -142,17 +156,26 @@ def export(
     require_replaceable(target, row.id)
     computed = scheme_in(format_, scheme)
     expected = reference(loaded, result, settings, probe, computed)
+    rounding = format_.rounding(scheme)
+    by_runtimes = (
+        expected if rounding is None else reference(loaded, result, settings, probe, computed, rounding)
+    )
     with appearing(target) as draft:
         write_model(loaded, result, format_, draft, request.max_shard_bytes)
         (draft / RECORD).write_text(row.to_json() + "\n")
         (draft / RECIPE).write_text(recipe)
         checks = [check_dequantized(loaded, result, format_, draft, probe, expected)]
-        dtype = (
-            "auto" if format_.name in ("gptq", "awq") else "float32"
-        )  # kernels of the former have no float32
+        notes = format_.notes(scheme)
+        dtype = "auto" if format_.name in ("gptq", "awq") else "float32"  # kernels of the former want half
+        if (
+            format_.name != "fake"
+            and (why := half_precision_note(draft, probe, expected, format_)) is not None
+        ):
+            notes.append(why)
+            dtype = "float32"
         for name, python in tried.items():
             checks.append(
-                check_runtime(name, python, loaded, result, draft, probe, expected, computed, dtype)
+                check_runtime(name, python, loaded, result, draft, probe, by_runtimes, rounding, dtype)
             )
         certificate = Certificate(
             format=format_.name,
@@ -164,11 +187,30 @@ def export(
             bytes=account(draft, loaded, row.bits_per_weight),
             checks=checks,
             not_tried=left,
-            notes=format_.notes(scheme),
+            notes=notes,
         )
         (draft / CERTIFICATE).write_text(json.dumps(certificate.model_dump(mode="json"), indent=1) + "\n")
         (draft / "README.md").write_text(model_card(row, baseline, label, certificate, loaded.name))
     return certificate
+
+
+def half_precision_note(folder: Path, probe: Probe, expected: Reference, format_: Format) -> str | None:
+    """A sentence where the model does not bear float16, whoever computes it; None where it does."""
+    departure = departure_in_half(folder, probe, expected)
+    if departure <= TOLERANCES["float16"].kl:
+        return None
+    size = f"a KL of {departure:.1e} nats per token" if math.isfinite(departure) else "not even finite logits"
+    advice = _WIDENING.get(format_.name, "load it with dtype=torch.float32")
+    return f"in float16 this model is not itself ({size} against float32, with the same weights): {advice}"
+
+
+# GPTQModel's kernel that is right for asymmetric weights on a CPU takes float16 alone on loading; a configuration that
+# says float32 would make it choose one that is wrong. So the folder says float16, and the cast comes after.
+_WIDENING = {
+    "gptq": "load it in float16 (GPTQModel: backend=BACKEND.TORCH) and then call torch.nn.Module.float(model), which "
+    "leaves no more than the kernels' weights in half precision",
+    "awq": "load it in float16 and then call torch.nn.Module.float(model)",
+}
 
 
 def _weights(result: LaneResult) -> Iterator[QuantizedWeight]:

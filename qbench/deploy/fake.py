@@ -22,6 +22,10 @@ class FakeFormat:
     dtype: str | None = "float32"
     quantizes_inputs: bool = False
 
+    def rounding(self, scheme: Scheme) -> None:
+        """See `Format`; inputs stay as they are."""
+        return None
+
     def refuse(self, scheme: Scheme, spec: BlockSpec, zero_in_range: bool) -> str | None:
         """Any weight can be written."""
         return None

@@ -5,7 +5,8 @@ A format is a small frozen value with no state of a run, one file each. Registra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Protocol, Self
 
 from torch import Tensor
@@ -41,6 +42,9 @@ class Format(Protocol):
     def quantizes_inputs(self) -> bool:
         """Whether its runtimes quantize the inputs of linears as the scheme says."""
 
+    def rounding(self, scheme: Scheme) -> Callable[[Tensor], Tensor] | None:
+        """How its runtimes fake-quantize the input of a linear, [..., tokens, in]; None where they do not."""
+
     def refuse(self, scheme: Scheme, spec: BlockSpec, zero_in_range: bool) -> str | None:
         """One sentence why the format cannot hold this scheme on this model, with what to change; or None."""
 
@@ -73,6 +77,14 @@ def outside(scheme: Scheme, bits: tuple[int, ...], name: str) -> str | None:
         return None
     held = ", ".join(map(str, bits[:-1])) + (" or " if len(bits) > 1 else "") + str(bits[-1])
     return f"{name} holds weights of {held} bits, {scheme} has {scheme.wbits}; choose another --scheme or --format fake"
+
+
+def attention_note(scheme: Scheme) -> str:
+    """What runtimes of quantized inputs leave out of a row, and the scheme that leaves it out of the row as well."""
+    return (
+        f"the row also quantizes q, k and v to {scheme.attention_bits[0]} bits, which runtimes of this format do not: "
+        f"they compute {replace(scheme, kvbits=16)}"
+    )
 
 
 def codes_fit(weight: QuantizedWeight) -> None:

@@ -38,6 +38,10 @@ class GPTQFormat:
     dtype: str | None = "float16"
     quantizes_inputs: bool = False
 
+    def rounding(self, scheme: Scheme) -> None:
+        """See `Format`; inputs stay as they are."""
+        return None
+
     def refuse(self, scheme: Scheme, spec: BlockSpec, zero_in_range: bool) -> str | None:
         """See `Format`."""
         if scheme.abits < 16 or scheme.kvbits not in (None, 16):

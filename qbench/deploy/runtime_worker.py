@@ -24,20 +24,29 @@ HALVED = (
     "loaded with dequantize=True, which rounds weights to the scales' float16: this compressed-tensors does not load "
     "packed zero points otherwise"
 )
+WIDENED = "the model is cast to float32 after loading, so that only the kernels' weights are in float16"
 
 
 def load(runtime: str, folder: str, dtype: str) -> Any:
-    """The folder as this runtime's transformers-like model, on the CPU; `model.qbench_note` says what was special."""
+    """The folder as this runtime's transformers-like model, on the CPU; `model.qbench_note` says what was special.
+
+    Args:
+        runtime: Its name.
+        folder: What to load.
+        dtype: `auto`: as the folder says; `float32`: what does not run in the format's kernels computes in float32.
+    """
+    wide = dtype == "float32"
     if runtime == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
 
-        # AUTO takes a fused kernel that is wrong for asymmetric weights in 7.6.0; TORCH refuses float32
-        return GPTQModel.load(folder, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH).model
+        # AUTO takes a fused kernel that is wrong for asymmetric weights in 7.6.0; TORCH refuses float32 on loading
+        model = GPTQModel.load(folder, device="cpu", dtype=torch.float16, backend=BACKEND.TORCH).model
+        return _widened(model) if wide else model
     if runtime == "auto-gptq":
         _shim_for_transformers_5()
         from auto_gptq import AutoGPTQForCausalLM
 
-        return AutoGPTQForCausalLM.from_quantized(
+        model = AutoGPTQForCausalLM.from_quantized(
             folder,
             device="cpu",
             use_triton=False,
@@ -47,13 +56,36 @@ def load(runtime: str, folder: str, dtype: str) -> Any:
             inject_fused_mlp=False,
             use_safetensors=True,
         ).model
+        return _widened(model) if wide else model
+    return _load_transformers(folder, dtype)
+
+
+def _widened(model: Any) -> Any:
+    torch.nn.Module.float(model)  # transformers' own float() refuses quantized models
+    model.qbench_note = WIDENED
+    return model
+
+
+def _load_transformers(folder: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
+    settings = _settings(folder)
+    if settings.get("quant_method") == "gptq":
+        from transformers import GPTQConfig
+
+        # gptqmodel's default kernel on a CPU turns scales and inputs into bfloat16
+        plain = GPTQConfig(bits=settings["bits"], backend="torch")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # as below
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, device_map="cpu", dtype=torch.float16, quantization_config=plain
+            )
+        return _widened(model) if dtype == "float32" else model
     wanted = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
     try:
         return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **wanted)
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error) or not _weights_alone(folder):
+        if "ignore_mismatched_sizes" not in str(error) or not _weights_alone(settings):
             raise
     # compressed-tensors 0.20.0 forgets to pack zero points of the meta model that the file's are loaded into
     from transformers import CompressedTensorsConfig
@@ -70,10 +102,15 @@ def load(runtime: str, folder: str, dtype: str) -> Any:
     return model
 
 
-def _weights_alone(folder: str) -> bool:
-    """Whether a compressed-tensors folder quantizes no inputs, which dequantize=True would drop."""
+def _settings(folder: str) -> dict[str, Any]:
+    """The folder's quantization_config."""
     with open(f"{folder}/config.json") as file:
-        groups = json.load(file).get("quantization_config", {}).get("config_groups", {}).values()
+        return json.load(file).get("quantization_config") or {}
+
+
+def _weights_alone(settings: dict[str, Any]) -> bool:
+    """Whether a compressed-tensors folder quantizes no inputs, which dequantize=True would drop."""
+    groups = settings.get("config_groups", {}).values()
     return bool(groups) and all(group.get("input_activations") is None for group in groups)
 
 
@@ -113,9 +150,18 @@ def compute(
 
         return hook
 
+    dimensions: dict[str, int] = {}
+
+    def count(name: str) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            dimensions[name] = args[0].ndim
+
+        return hook
+
     handles = [
         block.register_forward_hook(keep(f"block.{i}")) for i, block in enumerate(model.get_submodule(blocks))
     ]
+    handles += [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in linears]
     logits = [model(input_ids=window[None]).logits[0].float() for window in probe["ids"]]
     for handle in handles:
         handle.remove()
@@ -123,9 +169,10 @@ def compute(
     dtype = next(p.dtype for p in model.get_input_embeddings().parameters())
     for name in linears:
         module = model.get_submodule(name)
-        width = int(probe[f"width.{name}"])
-        # [1, rows, width]: as inside a block, where inputs have a batch dimension
-        answer[f"linear.{name}"] = module(probe[f"input.{width}"].to(dtype)[None])[0].float()
+        x = probe[f"input.{int(probe[f'width.{name}'])}"].to(dtype)
+        # as inside its block: most inputs have a batch dimension, some models flatten it away
+        found = module(x) if dimensions.get(name) == 2 else module(x[None])[0]
+        answer[f"linear.{name}"] = found.float()
     return {name: tensor.contiguous() for name, tensor in answer.items()}
 
 
@@ -153,7 +200,7 @@ def main(request_file: str) -> None:
     save_file(answer, request["answer"])
     note = getattr(model, "qbench_note", None)
     kernel = type(model.get_submodule(request["linears"][0])).__name__
-    if note == HALVED:
+    if note in (HALVED, WIDENED):
         dtype = "float16"
     elif kernel.startswith("TorchAten"):
         dtype, note = "bfloat16", f"GPTQModel's CPU kernel {kernel} turns scales and inputs into bfloat16"

@@ -75,7 +75,7 @@ class LaneResult:
         self.seconds += state.record.seconds
         state.update_digest(self._digest)
         if self.lane.checkpoint is None:
-            self._kept.append(state)
+            self._kept.append(state.cpu())
         elif fresh:
             self.lane.checkpoint.save(index, state)
 

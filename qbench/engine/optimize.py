@@ -9,7 +9,7 @@ until the epoch ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -71,14 +71,27 @@ class Learned:
 
 
 def quantized_tensors(
-    base: BlockTensors, plan: BlockPlan, grid: Grid, dtype: torch.dtype | None = None
+    base: BlockTensors,
+    plan: BlockPlan,
+    grid: Grid,
+    dtype: torch.dtype | None = None,
+    halves: Mapping[str, Tensor] | None = None,
 ) -> BlockTensors:
     """The block's tensors after transforms and fake quantization, differentiable in the plan's parameters.
 
-    `dtype` is that of the quantized weights: the autocast type saves a cast before each product.
+    Args:
+        base: Original tensors.
+        plan: Its transforms and clipping.
+        grid: Of the weights.
+        dtype: Of the quantized weights: the autocast type saves a cast before each product.
+        halves: Equal copies of base weights in half precision, read instead where no transform has changed one.
     """
     tensors = apply_all(base, plan.transforms, settle=grid.bits >= 16)
     if grid.bits < 16:
+        dtype = dtype or next(iter(base.weight.values())).dtype
+        for role, half in (halves or {}).items():
+            if tensors.weight[role] is base.weight[role]:
+                tensors.weight[role] = half
         for roles in _quantized_together(tensors):
             logits = [plan.clipping.logits(role) for role in roles] if plan.clipping is not None else []
             rows, columns = (
@@ -98,6 +111,24 @@ def quantized_tensors(
             parts = quantized.split(lengths) if len(roles) > 1 else [quantized]
             tensors.weight.update(zip(roles, parts, strict=True))
     return tensors
+
+
+def exact_halves(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Half-precision copies of the weights that lose nothing by it, as all do of a checkpoint in half precision.
+
+    Fake quantization reads the weight in each direction and writes half precision: half of its input is a quarter or a
+    third of its bytes. Weights in float64 have none: what they are multiplied by shall be float64 too.
+    """
+    halves = {}
+    for role, weight in weights.items():
+        if weight.dtype == torch.float64:
+            continue
+        for dtype in (torch.bfloat16, torch.float16):
+            half = weight.to(dtype)
+            if torch.equal(half.to(weight.dtype), weight):
+                halves[role] = half
+                break
+    return halves
 
 
 def _quantized_together(tensors: BlockTensors) -> list[list[str]]:
@@ -334,6 +365,8 @@ def _of_plan(plan: BlockPlan, base: BlockTensors, grid: Grid, settings: EngineSe
         groups, weight_decay=0.0, fused=True, capturable=settings.device.type == "cuda"
     )
 
+    halves = exact_halves(base.weight) if settings.device.type == "cuda" else {}
+
     def guard() -> None:
         for transform in plan.transforms:
             transform.guard_()
@@ -342,7 +375,7 @@ def _of_plan(plan: BlockPlan, base: BlockTensors, grid: Grid, settings: EngineSe
         [p for p, _ in parameters],
         optimizer,
         guard,
-        lambda: quantized_tensors(base, plan, grid, settings.autocast),
+        lambda: quantized_tensors(base, plan, grid, settings.autocast, halves),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,15 @@ class BlockState:
             else:
                 tensors.weight[role] = linear.to(device, dtype)
         return tensors
+
+    def cpu(self) -> BlockState:
+        """The same in main memory: the device holds one block, however many are finished."""
+        return replace(
+            self,
+            linears={role: linear.to("cpu") for role, linear in self.linears.items()},
+            rest=self.rest.map(lambda t: t.cpu()),
+            learned={name: tensor.cpu() for name, tensor in self.learned.items()},
+        )
 
     @property
     def weight_bits(self) -> int:

@@ -91,6 +91,17 @@ def test_a_run_exports_its_rows(here) -> None:
     assert "exported as awq: verified: dequantized ✓" in out.replace("\n", " ")
 
 
+def test_what_runtimes_leave_out_of_a_row_is_said_before_it_is_made(here) -> None:
+    arguments, _ = here
+    code, _, errors = qbench(
+        *arguments, "--method", "rtn", "--scheme", "W8A8", "--export", "compressed-tensors"
+    )
+    assert code == 0, errors
+    said = " ".join(errors.split())
+    assert "they compute W8A8KV16; choose that scheme for a row that equals its export" in said
+    assert said.index("W8A8KV16") < said.index("done")
+
+
 def test_what_no_format_holds_is_refused_before_calibration(here) -> None:
     arguments, results = here
     code, out, errors = qbench(

@@ -21,12 +21,21 @@ WIDE = {"num_key_value_heads": 4}  # every width a multiple of 32, as GPTQ needs
 
 def quantize(
     build_tiny, tokens: torch.Tensor, folder: Path, family: str, method: str, scheme: str, options: dict | None = None,
-    **changes,
+    weight_scale: dict[str, float] | None = None, **changes,
 ) -> tuple[LoadedModel, LaneResult]:  # fmt: skip
-    """A tiny model loaded from a folder of its own, and one lane's result on it."""
+    """A tiny model loaded from a folder of its own, and one lane's result on it.
+
+    Args:
+        weight_scale: Role in attention ("q", "k") to the factor that its weights are multiplied by.
+    """
     if family != "opt":
         changes = WIDE | changes
-    saved = model_folders.save(build_tiny(family, **changes).half(), folder / f"my-{family}")
+    model = build_tiny(family, **changes)
+    for name, parameter in model.named_parameters():
+        for role, factor in (weight_scale or {}).items():
+            if name.endswith(f"{role}_proj.weight"):
+                parameter.data.mul_(factor)
+    saved = model_folders.save(model.half(), folder / f"my-{family}")
     loaded = load_model(str(saved))
     (result,) = reconstruct_lanes(
         loaded.model, tokens[:3], [make_lane(loaded.model, method, scheme, **(options or {}))]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qbench.deploy import certificate as certificate_module
 from qbench.deploy.certificate import check_dequantized, choose_probe, reference, scheme_in
-from qbench.deploy.export import account, foresee
+from qbench.deploy.export import account, foresee, half_precision_note
 from qbench.deploy.folder import RECORD, appearing, folder_name, require_replaceable, write_model
 from qbench.deploy.formats import FORMATS
 from qbench.engine.settings import EngineSettings
@@ -215,7 +215,36 @@ def test_what_a_format_can_hold_is_not_refused(build_tiny, tokens, tmp_path) -> 
         make_lane(loaded.model, "omniquant", "W4A16g16", let=True, shift=True, sites=["value_out"]),
         make_lane(loaded.model, "rtn", "W4A16"),
     ]
-    foresee(loaded, lanes, ["gptq", "awq", "compressed-tensors", "fake"], zero_in_range=True)
+    assert not foresee(loaded, lanes, ["gptq", "awq", "compressed-tensors", "fake"], zero_in_range=True)
+
+
+def test_what_runtimes_leave_out_is_said_before_calibration(build_tiny, tokens, tmp_path) -> None:
+    loaded, _ = quantize(build_tiny, tokens, tmp_path, "llama", "rtn", "W4A16")
+    lanes = [make_lane(loaded.model, "rtn", scheme) for scheme in ("W8A8", "W8A8KV16")]
+    (note,) = foresee(loaded, lanes, ["compressed-tensors"], zero_in_range=True)
+    assert note.startswith("rtn W8A8 as compressed-tensors: the row also quantizes q, k and v to 8 bits")
+    assert "they compute W8A8KV16; choose that scheme" in note
+
+
+@pytest.mark.parametrize("size", [1.0, 3e4], ids=["bears it", "does not"])
+def test_a_model_that_float16_cannot_hold_is_told_from_one_that_it_can(
+    build_tiny, tokens, tmp_path, size
+) -> None:
+    """Attention logits that float32 holds and float16 does not: both factors of the product grow alike."""
+    loaded, result = quantize(
+        build_tiny, tokens, tmp_path, "llama", "rtn", "W8A16g16", weight_scale={"q": size, "k": size}
+    )
+    settled = write(loaded, result, "gptq", tmp_path / "out")
+    probe = choose_probe(tokens, "tokens", 96)
+    expected = reference(loaded, result, SETTINGS, probe, scheme_in(settled, result.lane.scheme))
+    assert certify(loaded, result, settled, tmp_path / "out", tokens).verified
+    departure = certificate_module.departure_in_half(tmp_path / "out", probe, expected)
+    sentence = half_precision_note(tmp_path / "out", probe, expected, settled)
+    if size == 1:
+        assert departure < 1e-3 and sentence is None
+    else:
+        assert departure > 1e-3
+        assert "torch.nn.Module.float(model)" in sentence
 
 
 def test_the_published_quantizer_form_is_refused(build_tiny, tokens, tmp_path) -> None:

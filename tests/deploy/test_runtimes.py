@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from qbench.deploy import certificate, runtime_worker
 from qbench.deploy.certificate import check_runtime, choose_probe, reference, runtimes_at_hand, scheme_in
+from qbench.deploy.compressed import round_inputs
 from qbench.deploy.formats import FORMATS
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError
+from qbench.quant.fake import fake_quantize
+from qbench.quant.grid import Grid
 from qbench.results import RuntimeCheck
 from tests.deploy.exports import quantize, write
 from tests.tiny_runs import CPU
@@ -39,8 +42,9 @@ def in_process(monkeypatch, capsys) -> None:
 def check(loaded, result, format_, folder: Path, tokens: torch.Tensor, python: str = "") -> RuntimeCheck:
     probe = choose_probe(tokens, "tokens", 96)
     scheme = scheme_in(format_, result.lane.scheme)
-    expected = reference(loaded, result, SETTINGS, probe, scheme)
-    return check_runtime("transformers", python, loaded, result, folder, probe, expected, scheme, "float32")
+    rounding = format_.rounding(result.lane.scheme)
+    expected = reference(loaded, result, SETTINGS, probe, scheme, rounding)
+    return check_runtime("transformers", python, loaded, result, folder, probe, expected, rounding, "float32")
 
 
 @pytest.fixture
@@ -135,6 +139,45 @@ def test_compressed_tensors_itself_computes_the_same(
     format_ = write(loaded, result, "compressed-tensors", tmp_path / "out")
     found = check(loaded, result, format_, tmp_path / "out", tokens)
     assert found.verified, found.failed_at
+    if found.dtype == "float32":  # quantized inputs included: the reference rounds them in the same order
+        assert found.kl_mean < 1e-9
+    if scheme.startswith(("W8A8", "W4A8")):
+        assert found.reference_perplexity == pytest.approx(found.perplexity, rel=1e-6)
+
+
+def test_a_linear_is_tried_with_an_input_of_the_shape_that_it_gets(
+    build_tiny, tokens, tmp_path, in_process
+) -> None:
+    """OPT flattens the input of its MLP, for which compressed-tensors 0.20.0 takes one range for all tokens."""
+    pytest.importorskip("compressed_tensors", reason="the extra `export` is not installed")
+    loaded, result = quantize(build_tiny, tokens, tmp_path, "opt", "rtn", "W8A8-sym")
+    format_ = write(loaded, result, "compressed-tensors", tmp_path / "out")
+    found = check(loaded, result, format_, tmp_path / "out", tokens)
+    assert found.failed_at.startswith("layers.0.fc1 (response differs by")
+
+
+def test_inputs_are_rounded_as_compressed_tensors_rounds_them() -> None:
+    quantization = pytest.importorskip(
+        "compressed_tensors.quantization", reason="the extra `export` is not installed"
+    )
+    helpers = pytest.importorskip("compressed_tensors.quantization.utils.helpers")
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    x = torch.randn(2, 300, 128, generator=torch.Generator().manual_seed(0)) * 3 + 0.7
+    x[0, 0] = 0
+    x[0, 1] = x[0, 1].abs()
+    x[1, 0, :2] = torch.tensor([-20.0, 235.0])  # a step of 1, and values just below the middle of two codes
+    x[1, 0, 2:] = torch.nextafter(torch.arange(1.5, 253, 2), torch.tensor(0.0))
+    args = quantization.QuantizationArgs(num_bits=8, symmetric=False, strategy="token", dynamic=True)
+    scale, zero = helpers.compute_dynamic_scales_and_zp(x, args, torch.nn.Linear(1, 1))
+    assert torch.equal(round_inputs(x, 8), forward.fake_quantize(x, scale, zero, args))
+
+
+def test_the_order_of_rounding_decides_between_two_codes() -> None:
+    """At a step of 1 and a zero point of −108: 1.4999999 rounds to 1, and 1.4999999 − 108 is −106.5 in float32."""
+    below = torch.nextafter(torch.arange(1.5, 20, 2), torch.tensor(0.0))
+    x = torch.cat([torch.tensor([-20.0, 235.0]), below])[None]
+    assert fake_quantize(x, Grid(8))[0, 2:].tolist() == list(range(1, 20, 2))
+    assert round_inputs(x, 8)[0, 2:].tolist() == list(range(2, 21, 2))
 
 
 def test_runtimes_that_cannot_read_a_folder_are_not_tried() -> None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from qbench.engine.attention import Maps
 from qbench.engine.hidden import HiddenStates
 from qbench.engine.losses import attention_divergence
-from qbench.engine.optimize import fit
+from qbench.engine.optimize import exact_halves, fit, quantized_tensors
 from qbench.engine.plan import BlockPlan, LossInputs, Training
 from qbench.engine.prepare import PreparedBlock
 from qbench.engine.settings import EngineSettings
@@ -467,3 +467,30 @@ def test_the_guard_runs_once_more_before_the_fold(make, still) -> None:
     problem.fit()
     assert seen[-1] == len(still.last.steps) == WINDOWS  # after the last step, beside once before each
     assert len(seen) == WINDOWS + 1
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W3A16g8"])
+def test_weights_read_in_half_precision_change_nothing(make, scheme) -> None:
+    """Where they lose nothing by it and no transform has changed them; values and gradients, bit for bit."""
+    torch.set_default_dtype(torch.float32)
+    problem: Problem = make("llama", scheme)
+    for part in (*problem.plan.transforms, problem.plan.clipping):
+        part.float()
+    base = problem.case.tensors().map(lambda t: t.bfloat16().float())
+    base.weight["up"] = base.weight["up"] * 1.001  # needs its float32
+    base.weight["gate"] = base.weight["gate"].half().float()
+    halves = exact_halves(base.weight)
+    assert (
+        halves["down"].dtype == torch.bfloat16 and "up" not in halves and halves["gate"].dtype.itemsize == 2
+    )
+    assert all(torch.equal(half.float(), base.weight[role]) for role, half in halves.items())
+    assert not exact_halves({role: weight.double() for role, weight in base.weight.items()})  # the reference's
+    parameters = list(problem.parameters.values())
+    found = []
+    for given in (None, halves):
+        weights = list(quantized_tensors(base, problem.plan, problem.grid, None, given).weight.values())
+        assert {w.dtype for w in weights} == {torch.float32}
+        gradients = torch.autograd.grad(sum(w.square().sum() for w in weights), parameters, allow_unused=True)
+        found.append([*weights, *(g for g in gradients if g is not None)])
+    assert len(found[0]) > 14
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qbench.engine import attention
-from qbench.engine.prepare import PreparedBlock, block_tensors
+from qbench.engine.prepare import PreparedBlock, block_tensors, rms_epsilon
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import fake_quantize
 from qbench.scheme import Scheme
@@ -132,6 +134,52 @@ def test_a_bias_and_a_matrix_may_follow_a_norm_that_has_none(case: Case) -> None
     tensors.norm_matrix["attn_norm"] = matrix
     plain, changed = (inputs_of(case.prepared().load(t), case)["k"] for t in (case.tensors(), tensors))
     assert torch.allclose(changed, (plain + bias) @ matrix, rtol=1e-5, atol=1e-5)
+
+
+def test_the_norms_that_torch_has_fused_are_recognized_by_what_they_compute(case: Case) -> None:
+    """Their values and gradients are then those of torch's function; a norm that differs is left alone."""
+    rms = case.spec.family == "llama"
+    assert all((norm.rms_epsilon is not None) == rms for norm in case.prepared().norms.values())
+    if not rms:
+        return
+    norm = copy.deepcopy(case.block.get_submodule(case.spec.norms["attn_norm"])).requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn_like(norm.weight))
+    epsilon = rms_epsilon(norm)
+    x = (1e-2 * torch.randn(3, 5, 32)).requires_grad_()
+    upstream = torch.randn(3, 5, 32)
+    fused = functional.rms_norm(x, (32,), norm.weight, epsilon)
+    for one, other in zip(
+        torch.autograd.grad(fused, (x, norm.weight), upstream),
+        torch.autograd.grad(norm(x), (x, norm.weight), upstream),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+    class PlusOne(type(norm)):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return super().forward(hidden_states) + hidden_states
+
+    norm.__class__ = PlusOne
+    assert rms_epsilon(norm) is None
+    norm.__class__ = PlusOne.__mro__[1]
+    norm.variance_epsilon *= 2
+    assert rms_epsilon(norm) == 2 * epsilon
+
+
+@pytest.mark.gpu
+def test_a_gpus_fused_norm_gives_the_models_gradients(llama: Case) -> None:
+    """The prepared norm in a step (fused) and the model's own, both on the GPU in float32."""
+    norm = llama.block.get_submodule(llama.spec.norms["attn_norm"])
+    prepared = PreparedBlock(llama.block, llama.spec).to("cuda").norms["attn_norm"]
+    x = torch.randn(2, 7, 32, device="cuda", requires_grad=True)
+    weight = norm.weight.detach().cuda().requires_grad_()
+    prepared.load(weight, None, None)
+    found = torch.autograd.grad(prepared(x).square().sum(), (x, weight))
+    own = copy.deepcopy(norm).cuda().requires_grad_()
+    expected = torch.autograd.grad(own(x).square().sum(), (x, own.weight))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------- quantized operands

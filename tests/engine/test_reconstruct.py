@@ -22,15 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from qbench.engine import lane_block
+from qbench.engine import reconstruct as reconstruction
 from qbench.engine.capture import block_inputs
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.lane import Lane, LaneResult
+from qbench.engine.optimize import Step
 from qbench.engine.plan import BlockPlan, BlockView, LossInputs, Needs, Training
 from qbench.engine.prepare import PreparedBlock
 from qbench.engine.progress import Listener
 from qbench.errors import NumericalError
 from qbench.quant.clipping import Clipping
+from qbench.quant.offsets import Offsets
 from qbench.scheme import Scheme
+from qbench.transforms.maps import WarmInverse
+from qbench.transforms.tensors import BlockTensors
+from qbench.transforms.transform import Transform
 from tests.blocks import blocks_of
 from tests.engine import killed_run
 from tests.tiny_runs import (
@@ -564,6 +570,62 @@ def test_one_prepared_block_exists_at_a_time(deep_opt, tokens, monkeypatch, tmp_
     assert set(watcher.counts) == {1}
     gc.collect()
     assert not watcher.living
+
+
+class Lives(Listener):
+    """Everything that is made for one block, and what of it still exists when the next one starts."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[str, weakref.ref]] = []
+        self.left: list[list[str]] = []
+        self._watch(
+            monkeypatch, PreparedBlock, Step, Transform, Clipping, WarmInverse, Offsets, torch.optim.Optimizer
+        )
+        take = reconstruction.block_tensors
+
+        def taken(*args: Any) -> BlockTensors:
+            tensors = take(*args)
+            tensors.map(lambda t: self.made.append(("tensor", weakref.ref(t))) or t)
+            return tensors
+
+        monkeypatch.setattr(reconstruction, "block_tensors", taken)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch, *classes: type) -> None:
+        for kind in classes:
+
+            def counted(made: Any, *args: Any, init: Any = kind.__init__, **kwargs: Any) -> None:
+                init(made, *args, **kwargs)
+                self.made.append((type(made).__name__, weakref.ref(made)))
+
+            monkeypatch.setattr(kind, "__init__", counted)
+
+    def block_start(self, lane: str, index: int, done: bool) -> None:
+        """The next block is prepared by now: what was made before it must be gone."""
+        first = max(i for i, (name, _) in enumerate(self.made) if name == "PreparedBlock")
+        self.left.append([name for name, one in self.made[:first] if one() is not None])
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "options"),
+    [
+        ("affinequant", "W4A4", {"epochs": 2}),
+        ("affinequant", "W3A16", {"epochs": 2}),
+        ("omniquant+signround", "W4A4", {"epochs": 1, "iterations": 4, "window_batch": 2}),
+        ("abq", "W2A8", {"epochs": 1}),
+    ],
+)
+def test_nothing_of_a_block_outlives_it(deep_opt, tokens, monkeypatch, method, scheme, options) -> None:
+    """By counting references alone: what waits for a collection holds a GPU's memory as long as it waits."""
+    lives = Lives(monkeypatch)
+    gc.collect()
+    gc.disable()
+    try:
+        lane = make_lane(deep_opt, method, scheme, **options)
+        reconstruct_lanes(deep_opt, tokens[:2], [lane], lives, warm_inverse=True)
+    finally:
+        gc.enable()
+    assert {"PreparedBlock", "tensor", "Step", "Clipping"} <= {name for name, _ in lives.made}
+    assert lives.left == [[]] * BLOCKS
 
 
 class Allocations(TorchDispatchMode):
