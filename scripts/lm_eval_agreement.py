@@ -4,7 +4,7 @@ lm-eval's side has nothing of qbench's: its own model class on the model's folde
 definitions of its own over copies of the files. Prints one JSON object per task, with lm-eval's log-likelihoods of
 every item that differs (other rounding can turn near ties and nothing else); exits 1 if any item or score differs.
 
-    python scripts/lm_eval_agreement.py MODEL_FOLDER TASK_FOLDER [--tasks TASK ...] [--limit N] [--device cuda] [--dtype float64]
+    python scripts/lm_eval_agreement.py MODEL_FOLDER TASK_FOLDER [--tasks TASK …] [--limit N] [--device cuda]
 """
 
 from __future__ import annotations

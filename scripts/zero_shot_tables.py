@@ -83,14 +83,14 @@ def narrow_table(rows: Sequence[Result], keys: Sequence[str]) -> str:
 def agreement(path: Path) -> str:
     """One line of what scripts/lm_eval_agreement.py found."""
     tasks = [json.loads(line) for line in path.read_text().splitlines()]
-    name = path.stem.removeprefix("agree-")
     differing = [item for task in tasks for item in task["differing"]]
     same = all(task["same_items"] and task["same_scores"] for task in tasks)
     return (
-        f"* {name}: {sum(task['items'] for task in tasks):,} questions of {len(tasks)} tasks, "
+        f"* {path.stem.removeprefix('agree-')}: {', '.join(task['task'] for task in tasks)}, "
+        f"{sum(task['items'] for task in tasks):,} questions, "
         + ("every outcome, score and standard error equal" if same else f"different: {json.dumps(differing)}")
-        + f"; lm-eval {sum(task['lm_eval_s'] for task in tasks):.0f} s, "
-        f"qbench {sum(task['qbench_s'] for task in tasks):.0f} s"
+        + f" (lm-eval {sum(task['lm_eval_s'] for task in tasks):.0f} s, "
+        f"qbench {sum(task['qbench_s'] for task in tasks):.0f} s)"
     )
 
 

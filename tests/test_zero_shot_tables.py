@@ -46,7 +46,7 @@ def test_agreement_is_one_line_and_shows_what_differs(tmp_path: Path) -> None:
             "lm_eval_s": 3.0, "qbench_s": 2.0}  # fmt: skip
     path = tmp_path / "agree-model-float32.jsonl"
     path.write_text("\n".join(json.dumps(t) for t in (task, task)))
-    assert agreement(path).startswith("* model-float32: 80 questions of 2 tasks, every outcome, score")
+    assert agreement(path).startswith("* model-float32: piqa, piqa, 80 questions, every outcome, score")
     near = task | {"same_items": False, "differing": [["acc", 3, [-1.0, -1.0000001]]]}
     path.write_text("\n".join(json.dumps(t) for t in (task, near)))
     assert '["acc", 3, [-1.0, -1.0000001]]' in agreement(path)
