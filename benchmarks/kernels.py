@@ -207,14 +207,14 @@ def merge(files: list[Path], output: Path) -> int:
     reports = [read(file) for file in files]
     joined = reports[0]
     for file, report in zip(files[1:], reports[1:], strict=True):
-        for what in ("device", "protocol", "environment"):
-            if getattr(report, what) != getattr(joined, what):
+        for what in ("device", "protocol", "packages"):
+            if _circumstance(report, what) != _circumstance(joined, what):
                 print(
                     f"{file} was measured with another {what} than {files[0]}: measure it again",
                     file=sys.stderr,
                 )
                 return 2
-        cells = {c.key: c for c in (*report.cells, *joined.cells)}
+        cells = {c.key: c for c in (*joined.cells, *report.cells)}
         cells |= {c.key: c for c in (*report.cells, *joined.cells) if c.status == "timed"}
         joined = joined.model_copy(
             update={
@@ -231,6 +231,11 @@ def merge(files: list[Path], output: Path) -> int:
         joined = joined.model_copy(update={"notes": [*joined.notes, apart]})
     _write(output, joined)
     return 0
+
+
+def _circumstance(report: Report, what: str) -> object:
+    """What must be the same; another commit of qbench may have measured another part."""
+    return report.environment.get("packages") if what == "packages" else getattr(report, what)
 
 
 def _rates_apart(reports: list[Report]) -> str | None:

@@ -83,6 +83,7 @@ class PassPlan:
 
     Attributes:
         start_s: Starting a process, loading the model, reading the texts.
+        import_s: The process alone, a part of `start_s`: the first one starts while the sweep is checked.
         shared_s: The full-precision pass through the blocks, once per part.
         baseline_s: Evaluating the full-precision model, 0 if that is known.
         parts: Passes that memory splits the cells into.
@@ -100,6 +101,7 @@ class PassPlan:
     parts: int
     cpu_bytes: int
     gpu_bytes: int | None
+    import_s: float = 0.0
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -180,10 +182,9 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
         NumericalError: A method breaks down on the first block already.
     """
     with tempfile.TemporaryDirectory(prefix="qbench-plan-") as scratch:
+        imported = process_age()
         common, cells = prepare(config, wanted, listener)
-        started = (
-            time.time() - psutil.Process().create_time()
-        )  # imports, model and texts: a worker does the same
+        started = process_age()  # imports, model and texts: a worker does the same
         load_peak = peak_cpu_bytes()
         loaded, settings, ids = common.loaded, common.settings, common.calibration.ids
         resident = psutil.Process().memory_info().rss
@@ -227,6 +228,7 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
             model=config.model,
             cells=plans,
             start_s=started,
+            import_s=imported,
             shared_s=shared * len(loaded.blocks) * n_parts,
             baseline_s=baseline_s,
             parts=n_parts,
@@ -238,6 +240,11 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
         return replace(
             plan, problems=_problems(plan, config, settings.device, resident, per_window, n, placement)
         )
+
+
+def process_age() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
 
 
 class _Prober:

@@ -101,6 +101,18 @@ def test_rendered_cell_has_time_ratio_and_share() -> None:
     assert "8.72 | 1.03× | 3.73× |" in text
 
 
+def test_a_layer_faster_than_the_measured_peak_raises_it() -> None:
+    # 2·4096³ = 137.4 GFLOP in 171.8 µs: 800 TFLOP/s, above the 700 of CEILINGS; the layer takes twice as long
+    text = as_markdown(report(cell(tokens=4096, layer=timing(343.6), baseline=timing(171.8))))
+    assert "float16, not quantized | 172 · 100% |" in text
+    assert "| W4A16g128 humming | 344 · 0.50× · 50% |" in text
+    assert "float16 700 → 800 (W16A16 not quantized, 4096×4096 at 4096)" in text
+    assert "read 4.3 TB/s; peak TFLOP/s (int8: TOP/s) float16 700, int8 1900" in text
+    # 33.6 MB in 4 µs are read from a cache if the copies do not exceed it: no rate of the memory
+    assert "read 4.3 →" in as_markdown(report(cell(baseline=timing(4.0))))
+    assert "→" not in as_markdown(report(cell(baseline=timing(4.0), cold=False)))
+
+
 def test_sum_of_a_block_counts_a_shared_matrix_once() -> None:
     made = tables(report(cell(layer=timing(10.0)), cell(norm_matrix=True, layer=timing(15.0))))
     block = next(t for t in made if "sum over" in t.title)

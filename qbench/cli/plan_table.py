@@ -11,12 +11,21 @@ import click
 from qbench.reports.columns import MISSING, format_seconds
 
 
-def print_plans(plans: Sequence[Any], workers: int, form: str) -> None:
-    """Print plans to stdout, as a table or as JSON."""
+def print_plans(plans: Sequence[Any], workers: int, form: str, checked_s: float = 0.0) -> None:
+    """Print plans to stdout, as a table or as JSON.
+
+    Args:
+        plans: Of every pass.
+        workers: How many are computed at once.
+        form: `table` or `json`.
+        checked_s: What this command took to check the sweep: a sweep takes as long, while its first worker starts.
+    """
     seconds = max([sum(plan.seconds for plan in plans) / workers, *(plan.seconds for plan in plans)])
+    seconds += max(0.0, checked_s - plans[0].import_s)
     total = {
         "seconds": seconds,
         "cpu_bytes": max(plan.cpu_bytes for plan in plans) * min(workers, len(plans)),
+        "checked_s": checked_s,
         "gpu_bytes": max((plan.gpu_bytes or 0 for plan in plans), default=0) or None,
         "disk_bytes": sum(plan.disk_bytes for plan in plans),
     }

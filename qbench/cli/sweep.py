@@ -62,13 +62,15 @@ def _plan(**given: Any) -> None:
 
     sweeps.check(cells)
     from qbench.cli.sweep_view import watching
+    from qbench.planning import process_age
 
+    checked_s = process_age()
     with watching() as view:
         view.begin(cells)
         plans = sweeps.plan(cells, view)
     from qbench.cli.plan_table import print_plans
 
-    print_plans(plans, config.executor.workers or 1, given["format_"])
+    print_plans(plans, config.executor.workers or 1, given["format_"], checked_s)
     problems = [f"{plan.model}: {problem}" for plan in plans for problem in plan.problems]
     if problems:
         raise ConfigError(" ".join(problems))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.plan import BlockPlan, BlockView, CalibratedRounding, Needs, Rounded
+from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
 from qbench.quant.clipping import Clipping
 from qbench.quant.grid import Grid
@@ -112,7 +113,10 @@ def deviation(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("sequential", [False, True], ids=["at once", "true sequential"])
 @pytest.mark.parametrize("scheme", ["W3A16", "W3A8g16"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_moments_are_those_of_the_quantized_path(build_tiny, tokens, family, scheme, sequential) -> None:
+def test_moments_are_those_of_the_quantized_path(
+    build_tiny, tokens, monkeypatch, family, scheme, sequential
+) -> None:
+    monkeypatch.setattr(EngineSettings, "forward_batch", lambda self, seq_len: 3)  # several batches
     model, planner = build_tiny(family), Recorder(sequential, transform=True)
     result = run(model, tokens, scheme, planner)
     roles = list(spec_of(model).linears)
