@@ -218,11 +218,15 @@ def variants(found: Sequence[Switch], design: Design, samples: Sequence[int] = (
             raise ConfigError("No yes/no switch of this method is on: one-at-a-time has nothing to turn on.")
         off = {switch.option: False for switch in parts}
         made = [Variant(REFERENCE, off, ())]
+        acts_with = {switch.option: switch.acts_with for switch in parts}
         for s in parts:
-            beside, name = s.acts_with if s.acts_with in off else None, f"{s.option}=true"
-            turned_on = {s.option: True} | ({} if beside is None else {beside: True})
-            against = REFERENCE if beside is None else f"{beside}=true"
-            made.append(Variant(name, off | turned_on, (name,), against=against))
+            beside: list[str] = []  # the nearest first
+            while (other := acts_with[beside[-1] if beside else s.option]) in off:
+                beside.append(str(other))
+            against, name = f"{beside[0]}=true" if beside else REFERENCE, f"{s.option}=true"
+            made.append(
+                Variant(name, off | dict.fromkeys([s.option, *beside], True), (name,), against=against)
+            )
         return made
     two_level = list({switch.option: switch for switch in reversed(found)}.values())[::-1]
     made = []

@@ -130,10 +130,15 @@ def make_executor(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
         from qbench.ray_executor import RayExecutor
 
         return RayExecutor(config)
-    devices = [] if all(cell.config.compute.device == "cpu" for cell in cells) else visible_gpus()
-    slots = config.workers or max(1, len(devices))
+    devices, slots = places(config, cells)
     pinned = [devices[i % len(devices)] for i in range(slots)] if len(devices) > 1 else []
     return LocalExecutor(slots, pinned)
+
+
+def places(config: ExecutorConfig, cells: Sequence[Cell]) -> tuple[list[str], int]:
+    """GPUs that a sweep on this machine uses, and how many workers at once."""
+    devices = [] if all(cell.config.compute.device == "cpu" for cell in cells) else visible_gpus()
+    return devices, config.workers or max(1, len(devices))
 
 
 def checked(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
@@ -183,8 +188,13 @@ def jobs(cells: Sequence[Cell], slots: int, kind: str = "pass") -> list[Job]:
     return parts
 
 
-def plan(cells: Sequence[Cell], watcher: Watcher) -> list[PassPlan]:
+def plan(cells: Sequence[Cell], watcher: Watcher, slots: int = 1) -> list[PassPlan]:
     """Predict every pass of a sweep, one after the other, each in a process of its own as it will be computed.
+
+    Args:
+        cells: From `expand`, checked by `check`.
+        watcher: Told of progress.
+        slots: Workers that the sweep will have: passes are split for them as they will be.
 
     Raises:
         ConfigError: If a probe fails, with its reason.
@@ -194,7 +204,7 @@ def plan(cells: Sequence[Cell], watcher: Watcher) -> list[PassPlan]:
     executor = LocalExecutor()
     plans: list[PassPlan] = []
     try:
-        for job in jobs(cells, 1, "plan"):
+        for job in jobs(cells, slots, "plan"):
             executor.start(job)
             ended = False
             while not ended:

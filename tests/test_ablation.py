@@ -50,6 +50,12 @@ class Dependent(BaseModel):
     lwc: bool = True
 
 
+class Chain(Dependent):
+    """One more, that acts with the one that acts with another."""
+
+    mask: bool = Field(True, json_schema_extra={"acts_with": "shift"})
+
+
 def test_switches_are_read_off_the_options() -> None:
     found = switches(RESOLVED)
     assert [switch.name for switch in found] == [
@@ -122,6 +128,13 @@ def test_what_acts_with_another_is_turned_on_beside_it_and_compared_with_it() ->
     del rows["let=true", 0]
     left = analyse("own", "W4A4", "one-at-a-time", found, runs, rows, [0], {"let=true": "nan"})
     assert [e.switch for e in left.effects] == ["lwc=true"]
+    chain = Chain()
+    assert variants(switches(chain), "one-at-a-time")[-1] == Variant(
+        "mask=true",
+        {"let": True, "shift": True, "lwc": False, "mask": True},
+        ("mask=true",),
+        against="shift=true",
+    )
     # without the other being on, there is nothing to be beside: it stands alone
     alone = variants(switches(Dependent(), ["shift"]), "one-at-a-time")
     assert [(v.options, v.against) for v in alone[1:]] == [({"shift": True}, REFERENCE)]

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused_with_what_would(here, monkeypatch) -> None
 
 
 def test_the_command_line_prints_and_refuses(here, monkeypatch) -> None:
-    def planned(cells, view) -> list[PassPlan]:
+    def planned(cells, view, slots) -> list[PassPlan]:
         cell = planning.CellPlan(cells[0].label, 6, False, 90.0, 12.0, 3 << 20)
         return [PassPlan("tiny", [cell], 17.0, 1.0, 0.0, 1, 2 << 30, None, 5.0, problems)]
 

@@ -117,10 +117,12 @@ def exact_halves(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Half-precision copies of the weights that lose nothing by it, as all do of a checkpoint in half precision.
 
     Fake quantization reads the weight in each direction and writes half precision: half of its input is a quarter or a
-    third of its bytes.
+    third of its bytes. Weights in float64 have none: what they are multiplied by shall be float64 too.
     """
     halves = {}
     for role, weight in weights.items():
+        if weight.dtype == torch.float64:
+            continue
         for dtype in (torch.bfloat16, torch.float16):
             half = weight.to(dtype)
             if torch.equal(half.to(weight.dtype), weight):

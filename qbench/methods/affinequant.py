@@ -66,7 +66,7 @@ class AffineQuant(Method):
     )
     gradual: bool = Field(
         True,
-        json_schema_extra=WITH_LET,
+        json_schema_extra={"acts_with": "use_value_matrix"},
         description="Widen the mask from the diagonal epoch by epoch; off: full band at once.",
     )
     query_key: Literal["legal", "published"] = Field(

@@ -33,5 +33,8 @@ def test_a_captured_step_is_the_step(build_tiny, tokens, family, method, options
     assert "captured" not in results["eager"].records[0].extras
     for name in ("eager", "cpu"):
         first, other = results["captured"].records[0], results[name].records[0]
-        assert first.losses == pytest.approx(other.losses, rel=2e-2)
-        assert first.accumulated_error == pytest.approx(other.accumulated_error, rel=5e-2)
+        # Sums have no fixed order on a GPU, and steps that go by the sign alone make much of it with time.
+        half = len(other.losses) // 2
+        assert first.losses[:half] == pytest.approx(other.losses[:half], rel=1e-2)
+        assert first.losses[half:] == pytest.approx(other.losses[half:], rel=1e-1)
+        assert first.accumulated_error == pytest.approx(other.accumulated_error, rel=1e-1)
