@@ -484,7 +484,9 @@ def test_weights_read_in_half_precision_change_nothing(make, scheme) -> None:
         halves["down"].dtype == torch.bfloat16 and "up" not in halves and halves["gate"].dtype.itemsize == 2
     )
     assert all(torch.equal(half.float(), base.weight[role]) for role, half in halves.items())
-    assert not exact_halves({role: weight.double() for role, weight in base.weight.items()})  # the reference's
+    assert not exact_halves(
+        {role: weight.double() for role, weight in base.weight.items()}
+    )  # the reference's
     parameters = list(problem.parameters.values())
     found = []
     for given in (None, halves):
