@@ -92,6 +92,8 @@ ROWS: dict[str, tuple[str, list[str], tuple[str, ...], tuple[str, ...]]] = {
         "-8": ("rtn", [], ("W8A8KV16", "W8A8"), ("compressed-tensors",)),
     }.items()
 }
+FORMATS = ("gptq", "awq", "compressed-tensors")
+MORE = {("llama", "W4A16g128"): ("awq",)}
 LIMIT = ["--limit", "40", "--threads", "1"]
 
 
@@ -121,7 +123,7 @@ def figures(environments: Path, work: Path, models: Path, data: Path) -> None:
             qbench("run", "--model", str(model), "--method", method, *wanted, *given, *calibration,
                    "--seqlen", "512", *evaluation, "-o", str(results))  # fmt: skip
         for scheme in schemes:
-            for format_ in formats:
+            for format_ in (*formats, *MORE.get((name, scheme), ())):
                 row = next(row for row in _rows(results) if row.scheme == scheme)
                 if not any(c.format == format_ for c in row.certificates):
                     qbench(
@@ -239,8 +241,6 @@ def _beside(folder: Path, runtime: str, python: Path, data: Path, prepare: Any =
 
 def _arithmetic(environments: Path, work: Path, models: Path, data: Path) -> list[dict[str, Any]]:
     """What types and orders of operations do by themselves, with nothing exported wrongly."""
-    import math
-
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -260,8 +260,6 @@ def _arithmetic(environments: Path, work: Path, models: Path, data: Path) -> lis
                 rows.append({"model": folder, "what": what, "beside": "unquantized in float32"})
                 if bool(found.isfinite().all()):
                     rows[-1] |= figures(found, exact, ids)
-                else:
-                    rows[-1] |= {"kl_mean": math.inf}
         export = next((work / f"{name}-8" / "exports" / "compressed-tensors").glob("*W8A8KV16"))
         loaded, _ = _probe(export, data)
         table = _logits(loaded.model, ids)
@@ -303,7 +301,8 @@ def _keep(work: Path) -> None:
     for name, (_, _, schemes, formats) in ROWS.items():
         for row in _rows(work / name):
             for certificate in row.certificates:
-                if row.scheme not in schemes or certificate.format not in formats:
+                wanted = (*formats, *MORE.get((name, row.scheme), ()))
+                if row.scheme not in schemes or certificate.format not in wanted:
                     continue
                 scored = _rows(work / "scored" / f"{name}-{row.scheme}-{certificate.format}")
                 exports.append(
@@ -330,7 +329,14 @@ def _keep(work: Path) -> None:
             )
     order = {(name, s): i for i, (name, s) in enumerate((MODELS[n.removesuffix("-8")], s)
                                                        for n, row in ROWS.items() for s in row[2])}  # fmt: skip
-    exports.sort(key=lambda e: (order[e["model"], e["scheme"]], e["certificate"]["format"] != "gptq"))
+    exports.sort(key=lambda e: (order[e["model"], e["scheme"]], FORMATS.index(e["certificate"]["format"])))
+    for row in _rows(work / "llama"):
+        if row.is_baseline:
+            written = {
+                "writer": "nobody: full precision",
+                "perplexity": row.metrics["wikitext2/perplexity"].value,
+            }
+            foreign.insert(0, {**written, "beside": None})
     alone = work / "arithmetic.json"
     kept = {"exports": exports, "foreign": foreign}
     kept["arithmetic"] = json.loads(alone.read_text()) if alone.exists() else []
@@ -380,7 +386,8 @@ def _of(check: dict[str, Any], certificate: dict[str, Any]) -> str:
     verdict = "verified" if check["verified"] else f"FAILED at {check['failed_at'].partition(' (')[0]}"
     if check.get("kl_mean") is None:
         return f"— | — | — | {verdict}"
-    ppl = f"{certificate['reference_perplexity']:.3f} → {check['perplexity']:.3f}"
+    reference = check.get("reference_perplexity") or certificate["reference_perplexity"]
+    ppl = f"{reference:.3f} → {check['perplexity']:.3f}"
     return f"{check['kl_mean']:.1e} | {check['top1_agreement']:.2%} | {ppl} | {verdict}"
 
 

@@ -179,6 +179,8 @@ class RuntimeCheck(_Record):
         kl_mean: KL divergence of next-token distributions, nats per token.
         top1_agreement: Share of tokens with the same most likely next token.
         perplexity: On the probe.
+        reference_perplexity: Of what it was held against, where that is not the certificate's reference: the same model
+            with inputs rounded in the runtime's order of operations.
         note: What was special about loading it.
     """
 
@@ -191,6 +193,7 @@ class RuntimeCheck(_Record):
     kl_mean: float | None = None
     top1_agreement: float | None = None
     perplexity: float | None = None
+    reference_perplexity: float | None = None
     note: str | None = None
 
 

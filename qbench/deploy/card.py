@@ -91,11 +91,13 @@ def _checks(certificate: Certificate) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for check in certificate.checks:
         verdict = "verified" if check.verified else f"FAILED at {check.failed_at}"
+        own = check.reference_perplexity
         numbers = (
             _number(check.largest_logit_difference, ".2e"),
             _number(check.kl_mean, ".2e"),
             _number(check.top1_agreement, ".3%"),
-            _number(check.perplexity),
+            _number(check.perplexity)
+            + ("" if own is None else f" (with inputs rounded in its order: {_number(own)})"),
         )
         yield f"| {check.runtime} | {check.dtype or '—'} | {verdict} | {' | '.join(numbers)} |"
     for name, why in certificate.not_tried.items():

@@ -471,6 +471,8 @@ def check_runtime(
         rounding is not None,
     )
     update: dict[str, Any] = {"note": reply.get("note")}
+    if rounding is not None:
+        update["reference_perplexity"] = perplexity(expected.logits, probe.ids)
     if not verdict.verified and failed is None:  # no linear is wrong, the logits are: where does it begin?
         for i, goal in enumerate(expected.blocks):
             off = _relative(answer[f"block.{i}"], goal)
