@@ -4,7 +4,7 @@ lm-eval's side has nothing of qbench's: its own model class on the model's folde
 definitions of its own over copies of the files. Prints one JSON object per task, with lm-eval's log-likelihoods of
 every item that differs (other rounding can turn near ties and nothing else); exits 1 if any item or score differs.
 
-    python scripts/lm_eval_agreement.py MODEL_FOLDER TASK_FOLDER [--limit N] [--device cuda] [--dtype float64]
+    python scripts/lm_eval_agreement.py MODEL_FOLDER TASK_FOLDER [--tasks TASK …] [--limit N] [--device cuda]
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("tasks", type=Path)
+    parser.add_argument("folder", metavar="TASK_FOLDER", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=PAPER6, metavar="TASK", help="default: all six")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
@@ -127,7 +128,7 @@ def main() -> int:
     given = parser.parse_args()
     same = True
     for found in compare(
-        given.model, given.tasks, PAPER6, given.limit, given.device, given.dtype, given.batch_size
+        given.model, given.folder, given.tasks, given.limit, given.device, given.dtype, given.batch_size
     ):
         print(json.dumps(found), flush=True)
         same &= found["same_items"] and found["same_scores"]

@@ -353,8 +353,9 @@ def _local_task(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     partial = "context_options" in rows[0]
     choices = "context_options" if partial else "choices"
     delimiter = " " if partial else ""
-    if not partial and all(_begins_with_one_blank(choice) for row in rows for choice in row["choices"]):
-        delimiter = " "
+    every = [choice for row in rows for choice in row[choices]]
+    if not partial and all(len(choice) > 1 and choice[0] == " " for choice in every):
+        delimiter = " "  # of two blanks (piqa has such a choice) the second is the choice's own
         rows = [row | {"choices": [choice[1:] for choice in row["choices"]]} for row in rows]
     normed = (
         not partial
@@ -383,10 +384,6 @@ def _local_task(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             for metric in (("acc", "acc_norm") if normed else ("acc",))
         ],
     }
-
-
-def _begins_with_one_blank(choice: str) -> bool:
-    return len(choice) > 1 and choice[0] == " " != choice[1]
 
 
 # ------------------------------------------------------------------------------------------ prompts and items

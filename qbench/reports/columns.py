@@ -197,7 +197,8 @@ def legend(comparison: Comparison, dropped: Set[str] = frozenset(), best: str = 
         if score.above_chance is False
     }
     if guessed:
-        lines.append(f"{GUESSED}: {', '.join(f'{task} {chance}' for task, chance in guessed.items())}")
+        chances = ", ".join(f"{task} {chance}" for task, chance in guessed.items())
+        lines.append(f"{GUESSED} ({chances}); where full precision is not, rows are not ranked")
     if any(score.n_seeds > 1 for score in scores):
         lines.append(
             "several calibration seeds: values are means over them, ± counts their spread; σ is its size (how many)"

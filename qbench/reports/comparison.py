@@ -321,6 +321,9 @@ def _score(
             cache[draft.result.id, key] = measured(draft.results, key, tasks)
     found = {id(draft): m for draft in drafts if (m := cache[draft.result.id, key]) is not None}
     ranked = [draft for draft in drafts if id(draft) in found and not draft.result.is_baseline]
+    full = [m for draft in drafts if draft.result.is_baseline and (m := found.get(id(draft))) is not None]
+    if all(m.guesses for m in full or found.values()):
+        ranked = []  # whoever is ahead of a model that guesses is ahead by luck, or by its taste in answers
     places = _places([(draft.result, found[id(draft)]) for draft in ranked], key, tasks)
     for draft in drafts:
         own = found.get(id(draft))

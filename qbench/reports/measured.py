@@ -76,6 +76,11 @@ class Measured:
             return self.value * own.half_width, low, high
         return own.half_width, own.low, own.high
 
+    @property
+    def guesses(self) -> bool:
+        """Whether its interval does not lie above what guessing gives."""
+        return self.chance is not None and self.interval is not None and self.interval[1] <= self.chance
+
     def pairs_with(self, other: Measured) -> bool:
         """Whether two were measured item by item on the same items (their contracts being equal)."""
         return (

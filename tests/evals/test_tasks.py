@@ -117,6 +117,19 @@ def test_multiple_choice_scores_are_lm_evals_own(tmp_path, folder, fewshot: int)
     assert ours["own/acc"].chance == pytest.approx(sum(chances) / 30)
 
 
+def test_one_choice_that_begins_with_two_blanks_keeps_the_second(tmp_path, folder) -> None:
+    """As one of piqa's 3,676 does: all the others must still lose theirs, or every acc_norm divides by one more."""
+    rows = choice_rows(60)
+    rows[7]["choices"][0] = " " + rows[7]["choices"][0]
+    bare = [row | {"choices": [choice[1:] for choice in row["choices"]]} for row in rows]
+    theirs = by_lm_eval(folder, definition(write(tmp_path / "bare.jsonl", bare), "own"))
+    _, ours = score([f"own={write(tmp_path / 'own.jsonl', rows)}"], folder)
+    assert ours["own/acc_norm"].items == [sample["acc_norm"] for sample in theirs["samples"]["own"]]
+    blank = [row | {"choices": [" ", *row["choices"]]} for row in rows]  # nothing would be left of it
+    tasks = load_tasks([str(write(tmp_path / "blank.jsonl", blank))]).loaded["tasks"]["blank"]
+    assert tasks.instances[0].arguments[1] == " " and tasks.config.target_delimiter == ""
+
+
 def test_partial_scoring_is_lm_evals_own(tmp_path, folder) -> None:
     path = write(tmp_path / "wino_val.partial.jsonl", partial_rows(25))
     theirs = by_lm_eval(

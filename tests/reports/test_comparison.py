@@ -294,6 +294,25 @@ def test_accuracies_are_compared_question_by_question() -> None:
     assert (found["a"].low, found["a"].high) == pytest.approx((own.low, own.high), rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("full", "marks"), [(0.5, {None}), (0.8, {"best", None})], ids=["full precision guesses", "it does not"]
+)
+def test_rows_are_not_ranked_where_full_precision_guesses(full: float, marks: set) -> None:
+    """A row far below guessing has a preference among answers, and losing it is no merit."""
+
+    def metrics(seed: int, share: float) -> dict[str, Metric]:
+        return {"boolq/acc": accuracy(seed, share, "boolq").model_copy(update={"chance": 0.5})}
+
+    rows = [make_result("a", metrics=metrics(1, 0.75)), make_result("b", metrics=metrics(2, 0.2))]
+    for given in ([baseline(metrics=metrics(3, full)), *rows], rows):  # without it: where no row is above
+        found = [r.scores["boolq/acc"] for r in compare(given).tables[0].blocks[0].rows][-2:]
+        expected = marks if len(given) > 2 else {"best", None}
+        assert {score.mark for score in found} == expected
+        assert {score.rank for score in found} == ({None} if expected == {None} else {1, 2})
+    low = [make_result("a", metrics=metrics(1, 0.3)), make_result("b", metrics=metrics(2, 0.2))]
+    assert {r.scores["boolq/acc"].mark for r in compare(low).tables[0].blocks[0].rows} == {None}
+
+
 def test_the_average_counts_every_task_once_and_only_where_all_were_measured() -> None:
     short = accuracy(9, 0.4, "boolq")
     short = short.model_copy(

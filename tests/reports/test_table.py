@@ -138,7 +138,7 @@ def test_a_task_that_no_row_does_better_than_guessing_says_so() -> None:
         assert row.scores["average/acc"].chance == 0.25 and row.scores["average/acc"].above_chance
     text = comparison.render("table", 120)
     assert len(re.findall(r"0\.2\d\d ±0\.0\d\d°", text)) == 2 and text.count("°") == 3
-    assert "° not shown to be above what guessing gives: arc 0.25\n" in text
+    assert "° not shown to be above what guessing gives (arc 0.25); where full precision is not, rows" in text
     assert "°" not in compare(make_run(tasks=7)).render("table", 200)  # no chance is known
     assert "^\\circ" in comparison.render("latex")
 
