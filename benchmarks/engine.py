@@ -174,13 +174,24 @@ CATEGORIES = {
     "fake-quant weights": r"^weight_",
     "fake-quant activations": r"^_(forward|backward)(_wide)?(_|$)",
     "optimizer": r"adam|multi_tensor",
-    "copies": r"memcpy|memset|copy_kernel",
+    "copies": r"memcpy|memset",
 }
 BETWEEN = "transforms and inverses"  # whatever runs before and after the block itself, but for the above
 REST = "elementwise and norms"
 
 
-def breakdown(kernels: Kernels, weights: int | None) -> dict[str, float]:
+def whole_steps(kernels: Kernels) -> list[Kernels]:
+    """Steps, each up to its optimizer; the first, which carries what an epoch begins with, only where it is alone."""
+    steps: list[Kernels] = [[]]
+    for i, kernel in enumerate(kernels):
+        steps[-1].append(kernel)
+        following = kernels[i + 1][0] if i + 1 < len(kernels) else ""
+        if _category(kernel[0]) == "optimizer" != _category(following):
+            steps.append([])
+    return steps[1:-1] or steps[:-1]
+
+
+def breakdown(steps: list[Kernels], weights: int | None) -> dict[str, float]:
     """Milliseconds by category.
 
     A step runs the transforms, quantizes the weights, passes the block forward and backward, and goes back through the
@@ -188,19 +199,12 @@ def breakdown(kernels: Kernels, weights: int | None) -> dict[str, float]:
     weights', and products before and after those of the block are the transforms'.
 
     Args:
-        kernels: Of whole steps, in order.
+        steps: Kernels of each, in order.
         weights: Weights quantized in a step; None where their kernels already go by `weight_…`.
     """
     spent = dict.fromkeys((*CATEGORIES, BETWEEN, REST), 0.0)
-    step: Kernels = []
-    for i, (name, ms) in enumerate(kernels):
-        step.append((name, ms))
-        ends = _category(name) == "optimizer" and (
-            i + 1 == len(kernels) or _category(kernels[i + 1][0]) != "optimizer"
-        )
-        if ends or i + 1 == len(kernels):
-            _add_step(spent, step if weights is None else _marked(step, weights))
-            step = []
+    for step in steps:
+        _add_step(spent, step if weights is None else _marked(step, weights))
     return spent
 
 
@@ -298,14 +302,15 @@ def profile(bench: Bench, method: str, scheme: str, batch: int) -> dict[str, Any
         with operations.whole_calls():
             bench.step_ms(method, scheme, batch, operations)
         run, weights = operations.seen, None
-    n = len(bench.inputs)
+    steps = whole_steps(run)
+    n = len(steps) * batch
     by_kernel: dict[str, tuple[float, int]] = {}
-    for name, ms in run:
+    for name, ms in (kernel for step in steps for kernel in step):
         total, count = by_kernel.get(name, (0.0, 0))
         by_kernel[name] = total + ms / n, count + 1
     return {
         "method": method, "scheme": scheme, "batch": batch,
-        "ms": {category: ms / n for category, ms in breakdown(run, weights).items()},
+        "ms": {category: ms / n for category, ms in breakdown(steps, weights).items()},
         "kernels": [
             {"name": name[:160], "ms": ms, "count": count / n}
             for name, (ms, count) in sorted(by_kernel.items(), key=lambda item: -item[1][0])[:40]
@@ -346,12 +351,15 @@ def main() -> None:
         ("seq-len", 2048),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--windows", type=int, default=128, help="windows that are timed per epoch")
+    parser.add_argument(
+        "--windows", type=int, help="windows that are timed per epoch; default 128, with --profile 16"
+    )
     parser.add_argument("--blocks", type=int, default=32, help="for the projection")
     parser.add_argument("--samples", type=int, default=128, help="for the projection")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", action="store_true", help="print where each job's time goes instead")
     arguments = parser.parse_args()
+    arguments.windows = arguments.windows or (16 if arguments.profile else 128)
     bench = Bench(arguments)
     name = (
         torch.cuda.get_device_name()

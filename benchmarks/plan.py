@@ -61,7 +61,7 @@ def main() -> None:
         lines = [line for line in log.splitlines() if line.startswith("[")]
         rows = ResultStore(Path(name, "out")).load_all()
         cpu = max(row.cost.peak_cpu_bytes or 0 for row in rows)
-        gpu = max(row.cost.peak_gpu_bytes or 0 for row in rows)
+        gpu = max(max(row.cost.peak_gpu_bytes or 0, row.cost.evaluation_peak_gpu_bytes or 0) for row in rows)
     stages = {f"{row.method} {row.scheme}": row.cost.stages for row in rows}
     peaks = {f"{row.method} {row.scheme}": [row.cost.peak_cpu_bytes, row.cost.peak_gpu_bytes] for row in rows}
     errors = {

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py --model MODEL --calib-dataset TRAIN.txt --eval wikitext2=TEST.txt
         [--methods rtn,smoothquant,awq,gptq] [--schemes W4A16g128,W3A16,W4A4,W6A6] [--nsamples 32] [--seqlen 1024]
-        [--limit 16] [--device auto] [--cores "0,1 2-3"] [--gpus "0 1"] [--within S] [--json FILE]
+        [--limit 16] [--device auto] [--epochs 4] [--cores "0,1 2-3"] [--gpus "0 1"] [--within S] [--json FILE]
         [options of `qbench run` and `sweep`]
 
 Each cell alone is `qbench run` in a process and a folder of its own, as somebody without sweeps would do it: it loads
@@ -31,6 +31,7 @@ from pathlib import Path
 from qbench.results import BASELINE, ResultStore
 
 REPO = Path(__file__).resolve().parent.parent
+LEARNED = ("omniquant", "affinequant", "abq")
 SLOWEST = ("affinequant", "omniquant", "signround", "awq", "gptq", "smoothquant", "rtn")
 
 
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seqlen", default="1024")
     parser.add_argument("--limit", default="16")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--epochs", help="Of the learned methods among them.")
     parser.add_argument("--cores", default="")
     parser.add_argument("--gpus", default="")
     parser.add_argument("--within", type=float, default=float("inf"))
@@ -125,6 +127,7 @@ def main() -> None:
         if value := getattr(options, flag.replace("-", "_")):
             common += [f"--{flag}", value]
     common += extra
+    epochs = ["--epochs", options.epochs] if options.epochs else []
     methods, schemes = options.methods.split(","), options.schemes.split(",")
     gpus = itertools.chain(options.gpus.split(), itertools.repeat(""))
     places = [Place(cores, gpu) for cores, gpu in zip(options.cores.split() or [""], gpus, strict=False)]
@@ -148,14 +151,13 @@ def main() -> None:
         if label is None:
             grid = [part for method in methods for part in ("--method", method)]
             grid += [part for scheme in schemes for part in ("--scheme", scheme)]
-            found.sweep_s = timed(["sweep", *grid, *common, "--output", str(folder)], place)
+            found.sweep_s = timed(["sweep", *grid, *common, *epochs, "--output", str(folder)], place)
             found.sweep_codes, found.sweep_stages = rows(folder)
             say(f"sweep of {len(found.sweep_codes)} cells: {found.sweep_s:.1f} s")
             return
         method, scheme = label.split(" ")
-        seconds = timed(
-            ["run", "--method", method, "--scheme", scheme, *common, "--output", str(folder)], place
-        )
+        asked = ["run", "--method", method, "--scheme", scheme, *common, "--output", str(folder)]
+        seconds = timed([*asked, *(epochs if method in LEARNED else [])], place)
         codes, stages = rows(folder)
         found.alone_s[label] = seconds
         found.alone_codes |= codes

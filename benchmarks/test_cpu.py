@@ -11,6 +11,7 @@ import torch
 
 from qbench.deploy.backends import BACKENDS
 from qbench.deploy.backends.layer import build
+from qbench.engine import product
 from qbench.quant import fake
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import extremes, round_to_nearest
@@ -49,6 +50,17 @@ def test_fake_quantize(benchmark, how: str) -> None:
             fake.reference(weight, grid, upper, lower).sum().backward()
 
     benchmark(step)
+
+
+@pytest.mark.benchmark(group="a linear of 640×256 on 256 tokens, forward and backward")
+@pytest.mark.parametrize("how", ["floor: torch's own", "a training step's"])
+def test_linear(benchmark, how: str) -> None:
+    """The floor is what the step would take from torch's BLAS; below it where oneDNN is the faster one."""
+    weight, x = _weight().requires_grad_(), torch.randn(256, WIDTH, requires_grad=True)
+    upstream = torch.ones(256, ROWS)
+    multiply = torch.nn.functional.linear if how.startswith("floor") else product.linear
+
+    benchmark(lambda: torch.autograd.grad(multiply(x, weight, None), (x, weight), upstream))
 
 
 @pytest.mark.benchmark(group="inverse of 256×256")

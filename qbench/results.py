@@ -94,12 +94,21 @@ class BlockRecord(_Record):
 
 
 class Cost(_Record):
-    """What making the row cost; evaluation is not in it."""
+    """What making the row cost; evaluation is not in it but by name.
+
+    Attributes:
+        seconds: Of all blocks.
+        peak_gpu_bytes: Allocated at most while blocks were quantized.
+        peak_cpu_bytes: Of the process until the row was finished, whatever else it computed.
+        stages: Seconds by stage.
+        evaluation_peak_gpu_bytes: Allocated at most while the row was evaluated.
+    """
 
     seconds: float
     peak_gpu_bytes: int | None = None
     peak_cpu_bytes: int | None = None
     stages: dict[str, float] = {}
+    evaluation_peak_gpu_bytes: int | None = None
 
 
 class MemoryRecord(_Record):

@@ -25,7 +25,10 @@ STEP = [  # a step of two weights, two quantized activations
     ("sm90_xmma_gemm_bf16bf16_bf16f32", 8192),
     ("_backward_wide", 16384),
     ("_backward", 32768),
-    ("void at::native::elementwise_kernel<128, 4>", 65536),  # between the two weights' backward passes
+    (
+        "void at::native::vectorized_elementwise_kernel<8, at::native::bfloat16_copy_kernel_cuda>",
+        65536,
+    ),  # between the two weights' backward passes
     ("_backward", 131072),
     ("nvjet_tss_128x128_64x4_v_bz_TNN", 262144),
     ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", 524288),
@@ -45,8 +48,14 @@ EXPECTED = {
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_every_kernel_is_counted_once_and_where_it_belongs(steps: int) -> None:
-    found = engine.breakdown(steps * [(name, float(ms)) for name, ms in STEP], weights=2)
+    found = engine.breakdown(steps * [[(name, float(ms)) for name, ms in STEP]], weights=2)
     assert found == {category: steps * ms for category, ms in EXPECTED.items()}
+
+
+def test_what_an_epoch_begins_and_ends_with_is_not_the_steps() -> None:
+    before, after = [("void getrf_kernel", 1.0)], [("Memcpy DtoH (Device -> Pageable)", 1.0)]
+    assert engine.whole_steps(before + 3 * STEP + after) == [STEP, STEP]
+    assert engine.whole_steps(STEP + after) == [STEP]  # of one alone there is no other
 
 
 @pytest.mark.parametrize("scheme", ["W4A4", "W3A16"])

@@ -496,3 +496,37 @@ def test_weights_read_in_half_precision_change_nothing(make, scheme) -> None:
         found.append([*weights, *(g for g in gradients if g is not None)])
     assert len(found[0]) > 14
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_weights_quantized_in_one_call_are_what_each_alone_gives(make, monkeypatch, family) -> None:
+    """Factors of columns that differ between sites keep weights of one width apart; rows have factors of their own."""
+    problem: Problem = make(family)
+    spec, width = problem.case.spec, problem.case.spec.n_kv_heads * problem.case.spec.head_dim
+    plan = problem.plan
+    plan.transforms = [
+        DiagonalTransform(spec, spec.site(site), 0.5 + torch.rand(size), shift, paired=paired)
+        for site, size, shift, paired in (
+            ("attn_in", 32, torch.randn(32), False), ("mlp_in", 32, None, False),
+            ("value_out", width, None, False), ("query_key", width, None, spec.rope),
+        )
+    ]  # fmt: skip
+    calls, found = [], []
+
+    def counted(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        calls.append(len(x))
+        return fake.fake_quantize(x, *args, **kwargs)
+
+    monkeypatch.setattr("qbench.engine.optimize.fake_quantize", counted)
+    for small in (fake.SMALL, 0):
+        monkeypatch.setattr(fake, "SMALL", small)
+        weights = quantized_tensors(problem.case.tensors(), plan, problem.grid).weight
+        assert [w.shape for w in weights.values()] == [spec.shapes[role] for role in weights]
+        leaves = [p for part in (*plan.transforms, plan.clipping) for p in part.parameters()]
+        gradients = torch.autograd.grad(
+            sum((i + 1) * w.square().sum() for i, w in enumerate(weights.values())), leaves, allow_unused=True
+        )
+        found.append([*weights.values(), *(g for g in gradients if g is not None)])
+    assert len(calls) == 4 + len(spec.shapes)  # q k v, then o, gate up (fc1), down (fc2)
+    for together, alone in zip(*found, strict=True):
+        assert torch.allclose(together, alone, rtol=1e-12, atol=1e-12)

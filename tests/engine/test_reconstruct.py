@@ -628,6 +628,15 @@ def test_nothing_of_a_block_outlives_it(deep_opt, tokens, monkeypatch, method, s
     assert lives.left == [[]] * BLOCKS
 
 
+@pytest.mark.gpu
+def test_finished_blocks_leave_the_device(deep_opt, tokens) -> None:
+    lane = make_lane(deep_opt, "affinequant", "W4A4", epochs=1)
+    (result,) = reconstruct_lanes(
+        deep_opt, tokens[:2], [lane], device=torch.device("cuda"), placement="device"
+    )
+    assert {tensor.device.type for tensor in stored(result).values()} == {"cpu"}
+
+
 class Allocations(TorchDispatchMode):
     """Bytes of tensor storage that operations created and that are still alive, and their maximum."""
 
