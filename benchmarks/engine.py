@@ -237,7 +237,10 @@ def _category(kernel: str) -> str:
 
 
 class Operations(TorchDispatchMode):
-    """Records (operation, milliseconds) in order on a CPU; a call of fake quantization counts as one."""
+    """Records (operation, milliseconds) in order on a CPU; a call of fake quantization counts as one.
+
+    torch has dispatch modes under a private module only; nothing of the package needs them.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -106,6 +106,7 @@ def qbench(*arguments: str) -> int:
         command(list(arguments))
     except SystemExit as end:
         return int(end.code or 0)
+    return 0
 
 
 def figures(environments: Path, work: Path, models: Path, data: Path) -> None:

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -186,9 +187,8 @@ def main() -> None:
     sys.exit(bool(found.errors or found.different or len(found.alone_s) < len(labels)))
 
 
-def summary(found: Found, labels: list[str], say: object) -> None:
+def summary(found: Found, labels: list[str], say: Callable[[str], None]) -> None:
     """Print the ratio and whether the integers agree."""
-    assert callable(say)
     missing = [label for label in labels if label not in found.alone_s]
     total = sum(found.alone_s.values())
     if found.sweep_s is not None and not missing:

@@ -7,9 +7,9 @@ A kill comes at a moment drawn uniformly from the time that the undisturbed swee
 the model included, and counts if it hits a sweep that is running. The same command is then given again, in the same
 folder, until one of them comes to its end before its moment: its store is compared with the undisturbed one, every
 field of every record but times, peaks of memory and the moment. With kills left, the next round begins with an empty
-folder. Each kill takes the sweep's own process, and by the toss of a coin its workers in the same moment; otherwise
-these end by themselves. `--both`: two sweeps write one store at once, and both are killed. Exit status 1 if anything
-differs.
+folder; the store of a round that no kill hit is compared too, but not counted. Each kill takes the sweep's own process,
+and by the toss of a coin its workers in the same moment; otherwise these end by themselves. `--both`: two sweeps write
+one store at once, and both are killed. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -173,8 +173,9 @@ def main() -> None:
             )
     wrong = any(part["different"] or part["failures"] for part in found["rounds"])
     found["complete"] = len(found["hits"]) == options.kills
+    compared = sum(part["kills"] > 0 for part in found["rounds"])
     say(
-        f"{len(found['hits'])} kills of {options.kills} hit, {len(found['rounds'])} stores compared: "
+        f"{len(found['hits'])} kills of {options.kills} hit, {compared} stores of killed sweeps compared: "
         + ("something differs" if wrong else "all the same")
     )
     sys.exit(0 if found["complete"] and not wrong else 1)

@@ -530,7 +530,7 @@ def speeds(
                     _pack_model(model, scheme, backend, work.checkpoint)
                 _release(device)
                 found = generate(model, work.batch, work.prompt_tokens, work.new_tokens)
-                yield _speed(key, found, model, work)
+                yield _speed(key, found, model)
             except ConfigError as error:
                 yield f"{name}, {row[1]} by {row[0]}: {error}"
             except Exception as error:  # see _pack
@@ -552,7 +552,7 @@ def _pack_model(model: Any, scheme: Scheme, backend: Backend, checkpoint: str | 
             blocks[i] = pack(blocks[i], spec, found, backend, scheme)
 
 
-def _speed(key: tuple, found: Generation, model: Any, work: Generating) -> Speed:
+def _speed(key: tuple, found: Generation, model: Any) -> Speed:
     name, backend, scheme, dtype, batch, prompt_tokens, new_tokens, checkpoint = key
     tensors = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()

@@ -125,11 +125,13 @@ class Scores:
     Attributes:
         metrics: TASK/METRIC to measurement, in the suite's order.
         peaks: Measured fields of a `MemoryRecord`.
+        peak_gpu_bytes: Allocated at most while the metrics were measured, None on a CPU.
     """
 
     metrics: dict[str, Metric]
     generations: list[Generation] = field(default_factory=list)
     peaks: dict[str, Any] = field(default_factory=dict)
+    peak_gpu_bytes: int | None = None
 
 
 def make_suite(evals: EvalConfig, tokenizer: Any, seq_len: int, max_length: int, source: str) -> Suite:
@@ -218,6 +220,8 @@ def score(
     """
     metrics: dict[str, Metric] = {}
     generations: list[Generation] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with nullcontext() if resident else on_device(model, blocks, device):
         for text in suite.texts:
             ids = text.windows.ids
@@ -246,8 +250,10 @@ def score(
                 _compare(model, suite, text, device, progress, references, metrics, generations)
         if suite.tasks is not None:
             metrics |= suite.tasks.score(model, suite.tokenizer, device, _telling(progress, "tasks"))
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        # this counts anew, for each of its phases
         peaks = measure_peaks(model, suite.texts[0].windows.ids[:1], device) if suite.texts else {}
-    return Scores(metrics, generations, peaks)
+    return Scores(metrics, generations, peaks, peak)
 
 
 def _compare(

@@ -237,9 +237,7 @@ def plan_pass(config: RunConfig, wanted: Sequence[Wanted], listener: Listener) -
             notes=[f"evaluation leaves out {', '.join(left_out)}"] if left_out else [],
         )
         per_window = (ARRAYS + lanes_at_once) * array // n
-        return replace(
-            plan, problems=_problems(plan, config, settings.device, resident, per_window, n, placement)
-        )
+        return replace(plan, problems=_problems(plan, config, settings.device, per_window, n, placement))
 
 
 def process_age() -> float:
@@ -450,9 +448,8 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def _problems(
-    plan: PassPlan, config: RunConfig, device: torch.device, resident: int, per_window: int, windows: int,
-    placement: str,
-) -> list[str]:  # fmt: skip
+    plan: PassPlan, config: RunConfig, device: torch.device, per_window: int, windows: int, placement: str
+) -> list[str]:
     """What does not fit, and what would."""
     problems = []
     free = psutil.virtual_memory().available + psutil.Process().memory_info().rss  # this process makes room

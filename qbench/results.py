@@ -101,7 +101,7 @@ class Cost(_Record):
         peak_gpu_bytes: Allocated at most while blocks were quantized.
         peak_cpu_bytes: Of the process until the row was finished, whatever else it computed.
         stages: Seconds by stage.
-        evaluation_peak_gpu_bytes: Allocated at most while the row was evaluated.
+        evaluation_peak_gpu_bytes: Allocated at most while the row's metrics were measured.
     """
 
     seconds: float

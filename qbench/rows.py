@@ -146,9 +146,6 @@ def measure(common: Circumstances, lane: Lane, cell: PassCell, result: LaneResul
     """Evaluate one finished lane and record its row."""
     loaded, settings, method = common.loaded, common.settings, cell.method
     common.listener.stage("evaluate", lane.name)
-    on_gpu = settings.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(settings.device)
     started = time.perf_counter()
     with quantized(loaded.model, loaded.blocks, loaded.spec, result, settings):
         scores = evaluate(common, lane.name)
@@ -165,7 +162,7 @@ def measure(common: Circumstances, lane: Lane, cell: PassCell, result: LaneResul
         peak_gpu_bytes=result.peak_gpu_bytes,
         peak_cpu_bytes=peak_cpu_bytes(),
         stages={"quantize": result.seconds, "evaluate": evaluated},
-        evaluation_peak_gpu_bytes=torch.cuda.max_memory_allocated(settings.device) if on_gpu else None,
+        evaluation_peak_gpu_bytes=scores.peak_gpu_bytes,
     )
     bits = (result.weight_bits + extra_bits) / n_weights
     request = common.config.alone(cell.request, str(cell.scheme))

@@ -219,7 +219,7 @@ def _row(
     against = scores.metrics if method == BASELINE else base.metrics if base is not None else {}
     return Result(
         id=provenance.sha256_json(identity),
-        model=_shown_model(config, model, base, made_by),
+        model=_shown_model(model, base, made_by),
         model_fingerprint=fields["model"],
         revision=config.revision,
         method=method,
@@ -240,9 +240,7 @@ def _row(
     )
 
 
-def _shown_model(
-    config: ScoreConfig, model: ScorableModel, base: Result | None, made_by: Result | None
-) -> str:
+def _shown_model(model: ScorableModel, base: Result | None, made_by: Result | None) -> str:
     """The name under which tables group the row: the full-precision model's, where it is known."""
     if base is not None:
         return base.model

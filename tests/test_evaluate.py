@@ -99,6 +99,15 @@ def test_a_row_knows_its_bytes(request_of) -> None:
     printed = json.loads(json.dumps(coarse.row()))
     assert printed["memory"]["model_bytes"] == coarse.memory.model_bytes
     assert printed["recovery"] == coarse.recovery
+    assert coarse.cost.evaluation_peak_gpu_bytes is None
+
+
+@pytest.mark.gpu
+def test_a_gpus_peak_is_that_of_the_scored_windows(request_of) -> None:
+    """Not of the few tokens that are decoded afterwards, whose own peak is counted anew."""
+    *_, coarse = run(request_of(compute={"device": "cuda"}))
+    assert coarse.memory.peak_of == "GPU allocations"
+    assert coarse.cost.evaluation_peak_gpu_bytes > coarse.memory.peak_decode_bytes
 
 
 def test_the_reference_is_computed_once(request_of, tmp_path, monkeypatch) -> None:

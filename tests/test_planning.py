@@ -156,14 +156,14 @@ def test_what_does_not_fit_is_refused_with_what_would(here, monkeypatch) -> None
         planning.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     )
     cpu = torch.device("cpu")
-    (problem,) = planning._problems(PassPlan(**base), config, cpu, 0, 1 << 30, 4, "cpu")
+    (problem,) = planning._problems(PassPlan(**base), config, cpu, 1 << 30, 4, "cpu")
     assert "needs 10.0 GiB of memory, 8.0 GiB are free. Use 2 calibration windows (--nsamples 2)" in problem
-    (problem,) = planning._problems(PassPlan(**base), config, cpu, 0, 1 << 20, 4, "cpu")
+    (problem,) = planning._problems(PassPlan(**base), config, cpu, 1 << 20, 4, "cpu")
     assert "Even without the windows' hidden states it takes 10.0 GiB" in problem
     room.available = 20 << 30
-    assert planning._problems(PassPlan(**base), config, cpu, 0, 1 << 30, 4, "cpu") == []
+    assert planning._problems(PassPlan(**base), config, cpu, 1 << 30, 4, "cpu") == []
     big = planning.CellPlan("c", 1, False, 0.0, 0.0, 1 << 60)
-    (problem,) = planning._problems(PassPlan(**base | {"cells": [big]}), config, cpu, 0, 1 << 30, 4, "cpu")
+    (problem,) = planning._problems(PassPlan(**base | {"cells": [big]}), config, cpu, 1 << 30, 4, "cpu")
     assert "of checkpoints" in problem and "Choose another --output" in problem
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qbench.cli.options import Command, config_option, file_option, fill, format_option, put
+from qbench.cli.options import CONFIG_OPTIONS, Command, config_option, file_option, fill, format_option, put
 from qbench.config import ScoreConfig, read_mapping, validated
 
 OPTIONS: dict[str, list[tuple[str, str]]] = {
@@ -16,18 +16,7 @@ OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--dtype", "compute.model_dtype"),
         ("--fidelity-to --base", "fidelity_to"),
     ],
-    "Evaluation": [
-        ("--eval", "evals.datasets"),
-        ("--seqlen --seq-len", "evals.seq_len"),
-        ("--limit", "evals.limit"),
-        ("--tasks", "evals.tasks"),
-        ("--limit-items", "evals.limit_items"),
-        ("--fewshot", "evals.fewshot"),
-        ("--word-perplexity", "evals.word_perplexity"),
-        ("--fidelity", "evals.fidelity"),
-        ("--generate", "evals.generate"),
-        ("--eval-batch-size", "evals.batch_size"),
-    ],
+    "Evaluation": [*CONFIG_OPTIONS["Evaluation"], ("--seqlen --seq-len", "evals.seq_len")],
     "Computation": [("--device", "compute.device"), ("--threads", "compute.threads")],
     "Output": [("--output -o --output-dir", "output"), ("--restart", "restart")],
 }
