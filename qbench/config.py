@@ -320,7 +320,7 @@ def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
-        return f"unknown key {path!r}.{suggest(str(location[-1]), known)} Known: {', '.join(known)}"
+        return f"unknown key {path!r}.{suggest(str(location[-1]), known)} Known: {', '.join(known) or 'none'}"
     if details["type"] == "missing":
         return f"{path} is missing"
     message = details["msg"].removeprefix("Value error, ")
