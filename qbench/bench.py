@@ -28,7 +28,7 @@ from qbench.deploy.backends import BACKENDS, gate
 from qbench.deploy.backends.humming import int8_probe
 from qbench.deploy.backends.layer import Backend, KernelLayer, Request, build
 from qbench.deploy.packed import finished, pack, rounded
-from qbench.errors import ConfigError, QbenchError, UnsupportedSchemeError
+from qbench.errors import ConfigError, QbenchError, UnsupportedSchemeError, kind_and_first_line
 from qbench.evals.latency import (
     Call,
     Generation,
@@ -128,7 +128,9 @@ def ceilings(backends: Mapping[str, Backend], device: str, protocol: Protocol) -
     try:
         probe = int8_probe()
     except Exception as error:  # see _pack
-        return found.model_copy(update={"notes": [*found.notes, f"humming's int8 probe: {_sentence(error)}"]})
+        return found.model_copy(
+            update={"notes": [*found.notes, f"humming's int8 probe: {kind_and_first_line(error)}"]}
+        )
     flops = {**found.flops, "int8": max(found.flops["int8"], probe)}
     return found.model_copy(update={"flops": flops, "notes": [*found.notes, "int8 by humming's probe"]})
 
@@ -222,7 +224,7 @@ def _broken(device: str) -> str | None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        return _sentence(error)
+        return kind_and_first_line(error)
     return None
 
 
@@ -273,7 +275,7 @@ def _pack(
     except UnsupportedSchemeError as error:
         return empty(status="refused", message=str(error))
     except Exception as error:  # other people's kernels: whatever they raise belongs into the table
-        return empty(status="failed", message=_sentence(error))
+        return empty(status="failed", message=kind_and_first_line(error))
     cold = count * layers[0].packed_bytes >= protocol.cache_factor * cache
     return _Candidate(scheme, matrix, dtype, weight, layers, time.perf_counter() - started, cold)
 
@@ -305,7 +307,7 @@ def _round(
         except Exception as error:  # see _pack
             outcome = {
                 "status": "slow" if isinstance(error, TooSlowError) else "failed",
-                "message": f"the unquantized layer: {_sentence(error)}",
+                "message": f"the unquantized layer: {kind_and_first_line(error)}",
             }
             return [_cell(name, shape, tokens, c, **outcome) for c in candidates]
     for i, candidate in enumerate(candidates):
@@ -325,7 +327,7 @@ def _round(
         except TooSlowError as error:
             failed[i] = {"status": "slow", "message": str(error)}
         except Exception as error:  # see _pack
-            failed[i] = {"status": "failed", "message": _sentence(error)}
+            failed[i] = {"status": "failed", "message": kind_and_first_line(error)}
             if _broken(device) is not None:  # the others did not fail: they get another process
                 return [_cell(name, shape, tokens, candidate, **failed[i])]
     passes = {key: value for key, value in passes.items() if key[0] == "baseline" or key[1] not in failed}
@@ -334,7 +336,7 @@ def _round(
         try:
             timings = interleaved(passes)  # type: ignore[arg-type,assignment]
         except Exception as error:  # see _pack
-            reason = {"status": "failed", "message": f"{BROKEN_ROUND}: {_sentence(error)}"}
+            reason = {"status": "failed", "message": f"{BROKEN_ROUND}: {kind_and_first_line(error)}"}
             failed = {i: failed.get(i, reason) for i in range(len(candidates))}
     cells = []
     for i, candidate in enumerate(candidates):
@@ -413,12 +415,6 @@ def _peak(layer: KernelLayer, x: Tensor, device: str) -> int | None:
 def _release(device: str) -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def _sentence(error: Exception) -> str:
-    """Class and first line of a foreign error."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(": ")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -534,7 +530,7 @@ def speeds(
             except ConfigError as error:
                 yield f"{name}, {row[1]} by {row[0]}: {error}"
             except Exception as error:  # see _pack
-                yield f"{name}, {row[1]} by {row[0]}: {_sentence(error)}"
+                yield f"{name}, {row[1]} by {row[0]}: {kind_and_first_line(error)}"
             del model
             _release(device)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qbench.errors import ConfigError, DataError
+from qbench.errors import ConfigError, DataError, first_line
 from qbench.latency import Report
 from qbench.results import require_writable, write_atomically
 from qbench.scheme import Scheme
@@ -256,9 +256,8 @@ def read(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_text())
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
         raise DataError(
-            f"Cannot read the kernel report {path}: {first}. Run `qbench bench` first, or with --restart."
+            f"Cannot read the kernel report {path}: {first_line(error)}. Run `qbench bench` first, or with --restart."
         ) from error
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qbench.errors import kind_and_first_line
 from qbench.latency import Ceilings, Timing
 
 Call = Callable[[], Any]
@@ -323,8 +324,7 @@ def generate(
             )
             graphed = seconds if deviation <= GRAPH_LIMIT else None
         except Exception as error:  # not every cache of every model can be captured
-            first = (str(error).splitlines() or [""])[0]
-            notes.append(f"no graphed steps: {type(error).__name__}: {first[:200]}")
+            notes.append(f"no graphed steps: {kind_and_first_line(error)}")
     return Generation(statistics.median(prefills), step, graphed, peak, tuple(notes))
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, suggest
+from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, first_line, suggest
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
 from qbench.models.extra_biases import apply_extra_biases
@@ -222,10 +222,9 @@ def _readable(name: str) -> Iterator[None]:
     except QbenchError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise DataError(
-            f"Cannot load model {name!r}: {first}. Give a folder saved by save_pretrained, or a hub name that can be "
-            "reached from here."
+            f"Cannot load model {name!r}: {first_line(error)}. Give a folder saved by save_pretrained, or a "
+            "hub name that can be reached from here."
         ) from error
 
 
