@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qbench.errors import ConfigError, DataError
+from qbench.errors import ConfigError, DataError, first_line
 
 
 def load_dictionary(path: str, what: str) -> dict[Any, Any]:
@@ -31,7 +31,7 @@ def load_dictionary(path: str, what: str) -> dict[Any, Any]:
     except OSError as error:
         raise ConfigError(f"Cannot read {what.lower()} {path!r}: {error.strerror}.") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"{what} {path!r} cannot be read: {str(error).splitlines()[0]}.") from error
+        raise DataError(f"{what} {path!r} cannot be read: {first_line(error)}.") from error
     if not isinstance(data, dict) or not data:
         raise DataError(f"{what} {path!r} is no dictionary of tensors.")
     return data
