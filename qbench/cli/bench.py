@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qbench.errors import ConfigError, DataError
+from qbench.errors import ConfigError, DataError, first_line
 from qbench.latency import Report
 from qbench.results import require_writable, write_atomically
 from qbench.scheme import Scheme
@@ -178,7 +178,7 @@ def _end_to_end(
     """Generation with every model; rows are added to the report one by one."""
     from functools import partial
 
-    from qbench import bench
+    from qbench import generation
     from qbench.deploy.packed import finished
     from qbench.models.shapes import describe
 
@@ -195,12 +195,12 @@ def _end_to_end(
             raise ConfigError(
                 f"--prompt-tokens {prompt} and --new-tokens {new} exceed the {longest} positions of {name}."
             )
-        work = bench.Generating(given["batch"] or 1, prompt, new, given["checkpoint"])
+        work = generation.Generating(given["batch"] or 1, prompt, new, given["checkpoint"])
         if name in given["shapes"]:
-            make = partial(bench.random_model, config, device=device)
+            make = partial(generation.random_model, config, device=device)
         else:
-            make = partial(bench.loaded_model, name, device=device)
-        for row in bench.speeds(name, make, schemes, backends, device, work, report.speeds):
+            make = partial(generation.loaded_model, name, device=device)
+        for row in generation.speeds(name, make, schemes, backends, device, work, report.speeds):
             if isinstance(row, str):
                 click.echo(f"note: {row}", err=True)
                 report = report.model_copy(update={"notes": [*report.notes, row]})
@@ -256,9 +256,8 @@ def read(path: Path) -> Report:
     try:
         return Report.model_validate_json(path.read_text())
     except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
         raise DataError(
-            f"Cannot read the kernel report {path}: {first}. Run `qbench bench` first, or with --restart."
+            f"Cannot read the kernel report {path}: {first_line(error)}. Run `qbench bench` first, or with --restart."
         ) from error
 
 
