@@ -89,7 +89,7 @@ class ExecutorConfig(_Frozen):
         None, ge=1, description="Groups of cells computed at once. Default: one per GPU, else one."
     )
     address: str | None = Field(
-        None, description="ray: a cluster's address, or auto. Default: one is started on this machine."
+        None, description="ray: a cluster's address, or auto. Default: RAY_ADDRESS, else one is started here."
     )
     cpus: float | None = Field(None, gt=0, description="ray: CPUs per worker. Default: this machine's share.")
     gpus: float | None = Field(
