@@ -52,3 +52,38 @@ def test_distance_of_logits() -> None:
     deviation, agreeing = generation.compare_logits(found, expected)
     assert deviation == pytest.approx((8 / 4) ** 0.5)  # off by −2 and 2, spread of ±1 around each mean
     assert agreeing == "1 of 2 tokens the same"
+
+
+@torch.no_grad()
+def test_behind_quantized_inputs_the_least_difference_is_one_of_the_quantization_errors_size() -> None:
+    """Why called and replayed steps share a cache: attention kernels differ by less than this, in every row."""
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=344, num_hidden_layers=16, num_attention_heads=4, vocab_size=500,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, tokens = LlamaForCausalLM(config).eval(), torch.randint(500, (1, 64))
+    bits: int | None = None
+    noise = 0.0
+
+    def change(_: Any, given: tuple[torch.Tensor]) -> torch.Tensor:
+        x = given[0] * (1 + noise * torch.randn_like(given[0]))
+        if bits is None:
+            return x
+        step = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+        return (x / step).round() * step
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(change)
+
+    def logits(of_bits: int | None, of_noise: float) -> torch.Tensor:
+        nonlocal bits, noise
+        bits, noise = of_bits, of_noise
+        return model(input_ids=tokens).logits
+
+    exact, rounded = logits(None, 0.0), logits(8, 0.0)
+    error, _ = generation.compare_logits(rounded, exact)
+    moved, _ = generation.compare_logits(logits(None, 1e-4), exact)
+    moved_rounded, _ = generation.compare_logits(logits(8, 1e-4), rounded)
+    assert moved < 1e-3 < 0.5 * error < moved_rounded
