@@ -248,9 +248,7 @@ def load_model(
         apply_extra_biases(model, architecture, unexpected, location, revision)
     model = model.eval().requires_grad_(False)
     model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
-    for parameter_name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise DataError(f"Model {name!r} has weights that are not finite (first: {parameter_name}).")
+    _require_finite(model, name)
     blocks: Sequence[nn.Module] = model.get_submodule(architecture.blocks)
     return LoadedModel(
         name=name,
@@ -262,6 +260,12 @@ def load_model(
         location=location,
         packed=None if packed is None else packed.summary,
     )
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
+    for parameter_name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise DataError(f"Model {name!r} has weights that are not finite (first: {parameter_name}).")
 
 
 def _quant_method(quantization: Any) -> str | None:
@@ -330,6 +334,7 @@ def load_as_is(
     model = model.eval().requires_grad_(False)
     if quantization is None:
         model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
+        _require_finite(model, name)
     elif not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     text = config.get_text_config()
