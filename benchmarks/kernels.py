@@ -239,14 +239,20 @@ def _circumstance(report: Report, what: str) -> object:
 
 
 def _rates_apart(reports: list[Report]) -> str | None:
-    """How far the rates of several GPUs lie from the first one's, in words."""
-    rates = [{"read": r.ceilings.read_bytes_per_s, **r.ceilings.flops} for r in reports if r.ceilings]
-    if len(rates) < 2:
+    """How far the rates of several GPUs lie from the first one's, in words; only rates that were found the same way."""
+    ceilings = [r.ceilings for r in reports if r.ceilings]
+    if len(ceilings) < 2:
         return None
-    most = max(abs(rate[name] / rates[0][name] - 1) for rate in rates[1:] for name in rate)
+    first, *others = ceilings
+    most = abs(max((c.read_bytes_per_s / first.read_bytes_per_s - 1 for c in others), key=abs))
+    for other in others:
+        for name, rate in other.flops.items():
+            probes = [[note for note in c.notes if note.startswith(f"{name} ")] for c in (first, other)]
+            if probes[0] == probes[1] and name in first.flops:
+                most = max(most, abs(rate / first.flops[name] - 1))
     return (
-        f"measured in {len(rates)} parts, each on a GPU of its own; their own rates lie within {100 * most:.1f}% "
-        "of the first one's, which the shares refer to"
+        f"joined from {len(ceilings)} measurements, each on a GPU of its own; their own rates lie within "
+        f"{100 * most:.1f}% of the first one's, which the shares refer to"
     )
 
 

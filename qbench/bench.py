@@ -1,8 +1,8 @@
-"""One kernel benchmark: shapes × batches × schemes × backends by the timing protocol, and generation with whole models.
+"""One kernel benchmark: shapes × batches × schemes × backends by the timing protocol.
 
-The only place where backends and the timing protocol meet. A cell that fails is recorded with its sentence and does not
-stop the others; cells are handed over round by round, so that an interrupted benchmark keeps what it has and the same
-command continues it.
+The only place where backends and the timing protocol meet; whole models are in `generation`. A cell that fails is
+recorded with its sentence and does not stop the others; cells are handed over round by round, so that an interrupted
+benchmark keeps what it has and the same command continues it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,26 +25,22 @@ from torch.nn import functional
 from qbench import provenance
 from qbench.deploy.backends import BACKENDS, gate
 from qbench.deploy.backends.humming import int8_probe
-from qbench.deploy.backends.layer import Backend, KernelLayer, Request, build
-from qbench.deploy.packed import finished, pack, rounded
-from qbench.errors import ConfigError, QbenchError, UnsupportedSchemeError
+from qbench.deploy.backends.layer import Backend, KernelLayer, Request, build, dtype_name
+from qbench.errors import ConfigError, QbenchError, UnsupportedSchemeError, kind_and_first_line
 from qbench.evals.latency import (
     Call,
-    Generation,
     Protocol,
     TooSlowError,
     cache_bytes,
-    generate,
     interleaved,
     measure_ceilings,
     repeatable,
 )
-from qbench.latency import Ceilings, Cell, ShapeSet, Speed, Timing
+from qbench.latency import Ceilings, Cell, ShapeSet, Timing
 from qbench.methods import METHODS
-from qbench.models.loading import architecture_for, load_model
 from qbench.models.shapes import describe
 from qbench.quant import uniform
-from qbench.quant.grid import Grid, check_group_size
+from qbench.quant.grid import Grid
 from qbench.quant.uniform import QuantizedWeight
 from qbench.scheme import Scheme
 
@@ -144,7 +139,9 @@ def ceilings(backends: Mapping[str, Backend], device: str, protocol: Protocol) -
     try:
         probe = int8_probe()
     except Exception as error:  # see _pack
-        return found.model_copy(update={"notes": [*found.notes, f"humming's int8 probe: {_sentence(error)}"]})
+        return found.model_copy(
+            update={"notes": [*found.notes, f"humming's int8 probe: {kind_and_first_line(error)}"]}
+        )
     flops = {**found.flops, "int8": max(found.flops["int8"], probe)}
     return found.model_copy(update={"flops": flops, "notes": [*found.notes, "int8 by humming's probe"]})
 
@@ -208,7 +205,7 @@ def measure(
                     yield _round(name, shape, tokens, chosen, device, protocol, cache, generator)
                     _survives(device)
             del candidates
-            _release(device)
+            torch.cuda.empty_cache()
 
 
 def _warm(candidates: Sequence[_Candidate], batches: Sequence[int]) -> None:
@@ -238,7 +235,7 @@ def _broken(device: str) -> str | None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
-        return _sentence(error)
+        return kind_and_first_line(error)
     return None
 
 
@@ -269,7 +266,7 @@ def _pack(
             return _Candidate(scheme, matrix, dtype, other.weight, other.layers, other.build_s, other.cold)
     empty = partial(
         Cell, out_features=shape[0], in_features=shape[1], tokens=0, backend=backend.name, scheme=str(scheme),
-        dtype=_name(dtype), norm_matrix=matrix,
+        dtype=dtype_name(dtype), norm_matrix=matrix,
     )  # fmt: skip
     if scheme.wbits >= 16:
         return empty(status="refused", message="16-bit weights are the baseline of every row")
@@ -289,7 +286,7 @@ def _pack(
     except UnsupportedSchemeError as error:
         return empty(status="refused", message=str(error))
     except Exception as error:  # other people's kernels: whatever they raise belongs into the table
-        return empty(status="failed", message=_sentence(error))
+        return empty(status="failed", message=kind_and_first_line(error))
     cold = count * layers[0].packed_bytes >= protocol.cache_factor * cache
     return _Candidate(scheme, matrix, dtype, weight, layers, time.perf_counter() - started, cold)
 
@@ -321,7 +318,7 @@ def _round(
         except Exception as error:  # see _pack
             outcome = {
                 "status": "slow" if isinstance(error, TooSlowError) else "failed",
-                "message": f"the unquantized layer: {_sentence(error)}",
+                "message": f"the unquantized layer: {kind_and_first_line(error)}",
             }
             return [_cell(name, shape, tokens, c, **outcome) for c in candidates]
     for i, candidate in enumerate(candidates):
@@ -341,7 +338,7 @@ def _round(
         except TooSlowError as error:
             failed[i] = {"status": "slow", "message": str(error)}
         except Exception as error:  # see _pack
-            failed[i] = {"status": "failed", "message": _sentence(error)}
+            failed[i] = {"status": "failed", "message": kind_and_first_line(error)}
             if _broken(device) is not None:  # the others did not fail: they get another process
                 return [_cell(name, shape, tokens, candidate, **failed[i])]
     passes = {key: value for key, value in passes.items() if key[0] == "baseline" or key[1] not in failed}
@@ -350,7 +347,7 @@ def _round(
         try:
             timings = interleaved(passes)  # type: ignore[arg-type,assignment]
         except Exception as error:  # see _pack
-            reason = {"status": "failed", "message": f"{BROKEN_ROUND}: {_sentence(error)}"}
+            reason = {"status": "failed", "message": f"{BROKEN_ROUND}: {kind_and_first_line(error)}"}
             failed = {i: failed.get(i, reason) for i in range(len(candidates))}
     cells = []
     for i, candidate in enumerate(candidates):
@@ -403,7 +400,7 @@ def _cell(name: str, shape: tuple[int, int], tokens: int, candidate: _Candidate,
         tokens=tokens,
         backend=name,
         scheme=str(candidate.scheme),
-        dtype=_name(candidate.dtype),
+        dtype=dtype_name(candidate.dtype),
         norm_matrix=candidate.matrix,
         arithmetic=candidate.layers[0].arithmetic,
         packed_bytes=candidate.layers[0].packed_bytes,
@@ -424,21 +421,6 @@ def _peak(layer: KernelLayer, x: Tensor, device: str) -> int | None:
     layer(x)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _release(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _sentence(error: Exception) -> str:
-    """Class and first line of a foreign error."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}".rstrip(": ")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def schemes_with_matrix(
@@ -483,129 +465,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-@dataclass(frozen=True)
-class Generating:
-    """What whole models are asked to do.
-
-    Attributes:
-        batch: Sequences at once.
-        prompt_tokens: Tokens of each prompt.
-        new_tokens: Steps after the prompt.
-        checkpoint: Folder of a finished lane; without one, weights are rounded to nearest on the spot.
-    """
-
-    batch: int = 1
-    prompt_tokens: int = 512
-    new_tokens: int = 64
-    checkpoint: str | None = None
-
-
-def speeds(
-    name: str,
-    make: Callable[[torch.dtype], Any],
-    schemes: Sequence[Scheme],
-    backends: Mapping[str, Backend],
-    device: str,
-    work: Generating,
-    done: Sequence[Speed] = (),
-) -> Iterable[Speed | str]:
-    """Generation with the model as it is, once per type, then packed in every way.
-
-    Args:
-        name: For the records.
-        make: Gives the dense model of a type, on the device; called anew for each row, which then owns it.
-        schemes: Formats.
-        backends: Those that work here.
-        device: `cpu` or `cuda`.
-        work: What is generated.
-        done: Rows of an earlier report: not measured again.
-
-    Yields:
-        Rows as they are found, or a sentence for a row that could not be made.
-    """
-    known = {
-        (s.model, s.backend, s.scheme, s.dtype, s.batch, s.prompt_tokens, s.new_tokens, s.checkpoint)
-        for s in done
-    }
-    lane = Path(work.checkpoint).name if work.checkpoint is not None else None
-    for backend_name, backend in backends.items():
-        dtype = backend.dtypes(device)[0]
-        for scheme in (None, *schemes):
-            row = ("none", "W16A16") if scheme is None else (backend_name, str(scheme))
-            of_row = None if scheme is None else lane
-            key = (name, *row, _name(dtype), work.batch, work.prompt_tokens, work.new_tokens, of_row)
-            if key in known:
-                continue
-            known.add(key)
-            model = None
-            try:
-                model = make(dtype)
-                if scheme is not None:
-                    _pack_model(model, scheme, backend, work.checkpoint)
-                _release(device)
-                found = generate(model, work.batch, work.prompt_tokens, work.new_tokens)
-                yield _speed(key, found, model)
-            except ConfigError as error:
-                yield f"{name}, {row[1]} by {row[0]}: {error}"
-            except Exception as error:  # see _pack
-                yield f"{name}, {row[1]} by {row[0]}: {_sentence(error)}"
-            del model
-            _release(device)
-
-
-def _pack_model(model: Any, scheme: Scheme, backend: Backend, checkpoint: str | None) -> None:
-    """Replace every block by its packed form, each dense one leaving memory before the next is packed."""
-    architecture = architecture_for(model.config)
-    blocks = model.get_submodule(architecture.blocks)
-    spec = architecture.block_spec(blocks[0], model.config)
-    check_group_size(scheme.group_size, {role: width for role, (_, width) in spec.shapes.items()})
-    state = finished(checkpoint, len(blocks), scheme) if checkpoint is not None else None
-    for i in range(len(blocks)):
-        with torch.no_grad():
-            found = rounded(blocks[i], spec, scheme) if state is None else state(i)
-            blocks[i] = pack(blocks[i], spec, found, backend, scheme)
-
-
-def _speed(key: tuple, found: Generation, model: Any) -> Speed:
-    name, backend, scheme, dtype, batch, prompt_tokens, new_tokens, checkpoint = key
-    tensors = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in (*model.parameters(), *model.buffers())
-        if t.numel()
-    }
-    notes = list(found.notes)
-    if backend != "none":
-        notes.append("codes of a finished run" if checkpoint else "rounded to nearest")
-    return Speed(
-        model=name,
-        backend=backend,
-        scheme=scheme,
-        dtype=dtype,
-        batch=batch,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        prefill_tokens_per_s=batch * prompt_tokens / found.prefill_s,
-        decode_tokens_per_s=batch / found.step_s,
-        graphed_tokens_per_s=batch / found.graphed_step_s if found.graphed_step_s else None,
-        weight_bytes=sum(tensors.values()),
-        peak_bytes=found.peak_bytes,
-        checkpoint=checkpoint,
-        notes=notes,
-    )
-
-
-def random_model(config: Any, dtype: torch.dtype, device: str) -> Any:
-    """A model of a configuration with random weights, made on the device."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(SEED)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
-
-
-def loaded_model(name: str, dtype: torch.dtype, device: str) -> Any:
-    """A model's own weights, on the device."""
-    return load_model(name, dtype=_name(dtype)).model.to(device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -78,7 +78,7 @@ def _channel_files(config: RunConfig, loaded: LoadedModel) -> ChannelFiles | Non
 
 
 def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> EngineSettings:
-    compute = config.compute
+    compute, asked = config.compute, config.quantizer.attention_granularity
     autocast: torch.dtype | None = None
     if compute.autocast == "auto":
         # bfloat16 keeps float32's range, where float16 overflows in the attention of some models
@@ -92,17 +92,10 @@ def _settings(config: RunConfig, device: torch.device, loaded: LoadedModel) -> E
         micro_batch=compute.micro_batch,
         placement=None if compute.hidden_states == "auto" else compute.hidden_states,
         zero_in_range=config.quantizer.zero_in_range,
-        attention_granularity=_granularity(config.quantizer.attention_granularity, loaded),
+        attention_granularity=loaded.spec.published_granularity if asked == "published" else asked,
         allow_fallback=compute.allow_fallback,
         seed=config.calibration.seed,
     )
-
-
-def _granularity(asked: str, loaded: LoadedModel) -> Literal["per_head", "per_token"]:
-    """Of q, k and v; the authors' OPT code quantizes them before the split into heads, their LLaMA code after it."""
-    if asked == "published":
-        return "per_token" if loaded.spec.family == "opt" else "per_head"
-    return "per_token" if asked == "per_token" else "per_head"
 
 
 def _calibration_source(config: RunConfig, loaded: LoadedModel) -> str:

@@ -38,6 +38,18 @@ class NumericalError(QbenchError):
     exit_code = 3
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says, as a part of a sentence; the name of its class if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(" .:")
+
+
+def kind_and_first_line(error: BaseException) -> str:
+    """The same behind the name of its class, where the reader may have to look for it."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ' Did you mean …?' for a near miss, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qbench.cells import ExecutorConfig
-from qbench.errors import ConfigError
+from qbench.errors import ConfigError, first_line
 from qbench.executors import PACKAGE_ROOT, Event, Job
 
 LOOK_S = 0.1  # between looks at what Ray has
@@ -71,9 +71,8 @@ class RayExecutor:
                 count = int((config.cpus or 1) * config.workers) if config.workers else None
                 self._ray.init(num_cpus=count, include_dashboard=False, **common)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"executor ray: no cluster at {config.address or 'this machine'}: {reason.rstrip('.')}. "
+                f"executor ray: no cluster at {config.address or 'this machine'}: {first_line(error)}. "
                 "Start one with `ray start --head`, or leave the address out."
             ) from None
 
@@ -113,7 +112,7 @@ class RayExecutor:
         except self._ray.exceptions.RayTaskError as error:  # a bug: the exception as it was raised there
             return f"its task raised {str(error.cause or error).strip().splitlines()[-1]}"
         except self._ray.exceptions.RayError as error:  # a worker that died more often than it is replaced
-            return f"its worker died: {str(error).strip().splitlines()[0]}"
+            return f"its worker died: {first_line(error)}"
         return None
 
     def close(self) -> None:

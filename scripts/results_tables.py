@@ -5,8 +5,8 @@
 
 RESULTS holds one folder per run of the two experiment files: methods-MODEL, parity-legal-MODEL and
 parity-published-MODEL for each reference model. Repeated parity runs have a suffix (parity-legal-MODEL-2) and are
-averaged; cells that were run with the auxiliary loss as well lie in parity-aug-…. The authors' figures are
-experiments/reference-authors.csv.
+averaged; cells that were run with the auxiliary loss as well lie in parity-aug-…, with 40 epochs in parity-40-….
+The authors' figures are experiments/reference-authors.csv.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def parity_table(folder: Path) -> list[str]:
     with AUTHORS.open() as file:
         for cell in csv.DictReader(file):
             theirs = float(cell["perplexity"])
-            for kind, remark in (("", ""), ("aug-", ", auxiliary loss")):
+            for kind, remark in (("", ""), ("aug-", ", auxiliary loss"), ("40-", ", 40 epochs")):
                 shown, good, found = [], True, False
                 for form in ("published", "legal"):
                     runs = repeats(

@@ -69,7 +69,19 @@ def test_parts_are_joined_and_a_time_replaces_a_failure(tmp_path: Path) -> None:
     assert {(c.scheme, c.status) for c in joined.cells} == {("W8A8", "timed"), ("W4A16", "timed")}
     assert joined.commands == ["a.json", "b.json"]
     assert joined.ceilings == rates[0]
-    assert "2 parts, each on a GPU of its own; their own rates lie within 1.0%" in joined.notes[0]
+    assert "2 measurements, each on a GPU of its own; their own rates lie within 1.0%" in joined.notes[0]
+
+
+def test_rates_found_by_different_probes_are_not_compared(tmp_path: Path) -> None:
+    one, two = (
+        written(
+            tmp_path / f"{rate:.0f}.json",
+            ceilings=Ceilings(read_bytes_per_s=1000.0, flops={"int8": rate, "float16": 50.0}, notes=notes),
+        )
+        for rate, notes in ((100.0, ["int8 by another probe"]), (40.0, []))
+    )
+    assert kernels.merge([one, two], tmp_path / "c.json") == 0
+    assert "within 0.0%" in read(tmp_path / "c.json").notes[0]
 
 
 def test_parts_of_different_machines_are_not_joined(

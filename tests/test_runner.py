@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 import qbench
 import qbench.rows as rows_module
 import qbench.runner as runner_module
+from qbench import circumstances
 from qbench.cli import main
 from qbench.config import RunConfig
 from qbench.data.text import load_text
@@ -31,7 +32,7 @@ from qbench.errors import ConfigError, DataError, NumericalError, UnsupportedSch
 from qbench.failures import FailureStore
 from qbench.locking import Lock
 from qbench.methods.rtn import RTN
-from qbench.models.loading import load_model
+from qbench.models.loading import describe_model, load_model
 from qbench.results import Result, ResultStore
 from qbench.runner import run
 from qbench.scheme import Scheme
@@ -243,6 +244,22 @@ def test_whatever_is_not_the_method_is_in_the_contract(here, section, change) ->
     first = here.run()
     second = here.run(**{section: request.get(section, {}) | change})
     assert first[1].contract != second[1].contract and first[1].id != second[1].id
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "settled"),
+    [
+        ("tiny-llama", "published", "per_head"),
+        ("tiny-opt", "published", "per_token"),
+        ("tiny-llama", "per_token", "per_token"),
+        ("tiny-opt", "per_head", "per_head"),
+    ],
+    ids="-".join,
+)
+def test_the_published_granularity_is_that_of_the_architecture(model: str, asked: str, settled: str) -> None:
+    config = RunConfig.model_validate({"model": model, "quantizer": {"attention_granularity": asked}})
+    settings = circumstances._settings(config, torch.device("cpu"), describe_model(model))
+    assert settings.attention_granularity == settled
 
 
 def test_another_seed_is_another_row_of_the_same_contract(here) -> None:

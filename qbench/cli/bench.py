@@ -190,7 +190,7 @@ def _end_to_end(
     """Generation with every model; rows are added to the report one by one."""
     from functools import partial
 
-    from qbench import bench
+    from qbench import generation
     from qbench.deploy.packed import finished
     from qbench.models.shapes import describe
 
@@ -207,12 +207,12 @@ def _end_to_end(
             raise ConfigError(
                 f"--prompt-tokens {prompt} and --new-tokens {new} exceed the {longest} positions of {name}."
             )
-        work = bench.Generating(given["batch"] or 1, prompt, new, given["checkpoint"])
+        work = generation.Generating(given["batch"] or 1, prompt, new, given["checkpoint"])
         if name in given["shapes"]:
-            make = partial(bench.random_model, config, device=device)
+            make = partial(generation.random_model, config, device=device)
         else:
-            make = partial(bench.loaded_model, name, device=device)
-        for row in bench.speeds(name, make, schemes, backends, device, work, report.speeds):
+            make = partial(generation.loaded_model, name, device=device)
+        for row in generation.speeds(name, make, schemes, backends, device, work, report.speeds):
             if isinstance(row, str):
                 click.echo(f"note: {row}", err=True)
                 report = report.model_copy(update={"notes": [*report.notes, row]})

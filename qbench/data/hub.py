@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qbench.errors import DataError
+from qbench.errors import DataError, kind_and_first_line
 
 TEXT_COLUMNS = ("text", "sentence", "content")
 
@@ -121,8 +121,7 @@ def _reason(error: Exception) -> str:
     offline = any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in _OFFLINE)
     if offline and ("offline" in str(error).lower() or isinstance(error, (ConnectionError, ValueError))):
         return "HF_HUB_OFFLINE is set and it is not in the local cache"
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200].rstrip('. ')}"
+    return kind_and_first_line(error)
 
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -108,14 +110,14 @@ class LaneBlock:
         spec = self.prepared.spec
         grid = Grid(scheme.wbits, scheme.symmetric, scheme.group_size, settings.zero_in_range)
         if scheme.is_identity:  # nothing to do, bit for bit
-            return self._finish(stream, self.base.copy(), BlockPlan(), grid, FitReport(), listener)
+            return self._finish(self.base.copy(), BlockPlan(), FitReport(), {})
         probe = Probe(self.prepared, self.base, stream.inputs, stream.kwargs, settings)
         view = BlockView(self.index, self.n_blocks, spec, scheme, grid, self.base, self.stats, probe)
         plan = lane.planner.plan(view)
         grid = plan.grid or grid
         for part in (*plan.transforms, *([plan.clipping] if plan.clipping is not None else [])):
             part.to(settings.device, settings.dtype)
-        report = FitReport()
+        report, tell = FitReport(), partial(listener.epoch, lane.name, self.index)
         if plan.training is not None:
             same_input = maps = None
             self.prepared.load(self.base).quantize_operands(None)
@@ -126,11 +128,12 @@ class LaneBlock:
             self._operands(stream)
             report = fit(
                 self.prepared, plan, self.base, grid, self.q_inputs, self.fp_outputs, same_input, stream.kwargs,
-                settings, lambda epoch, epochs, loss: listener.epoch(lane.name, self.index, epoch, epochs, loss),
-                maps,
+                settings, tell, maps,
             )  # fmt: skip
         plan.notes.extend(stream.notes)
-        return self._finish(stream, fold(self.base, plan.transforms), plan, grid, report, listener)
+        folded = fold(self.base, plan.transforms)
+        rounded = self._round(stream, folded, plan, grid, report, tell) if grid.bits < 16 else {}
+        return self._finish(folded, plan, report, rounded)
 
     def _round(
         self,
@@ -139,7 +142,7 @@ class LaneBlock:
         plan: BlockPlan,
         grid: Grid,
         report: FitReport,
-        listener: Listener,
+        tell: Callable[[int, int, float], None],
     ) -> dict[str, Rounded]:
         """Folded weights to codes over the plan's ranges, by role; what is learned on the way goes to the report."""
 
@@ -152,8 +155,7 @@ class LaneBlock:
             self._operands(stream)
             learned = fit_rounding(
                 self.prepared, offsets, rounding, folded, Windows(self.q_inputs, self.fp_outputs), stream.kwargs,
-                stream.settings, stream.settings.seed + self.index,
-                lambda turn, turns, loss: listener.epoch(self.lane.name, self.index, turn, turns, loss),
+                stream.settings, stream.settings.seed + self.index, tell,
             )  # fmt: skip
             report.losses += learned.losses
             report.extras |= learned.extras
@@ -179,16 +181,9 @@ class LaneBlock:
         return rounded
 
     def _finish(
-        self,
-        stream: Stream,
-        folded: BlockTensors,
-        plan: BlockPlan,
-        grid: Grid,
-        report: FitReport,
-        listener: Listener,
+        self, folded: BlockTensors, plan: BlockPlan, report: FitReport, rounded: dict[str, Rounded]
     ) -> BlockState:
-        """Round and put together everything that is kept of the block."""
-        rounded = self._round(stream, folded, plan, grid, report, listener) if grid.bits < 16 else {}
+        """Put together everything that is kept of the block; what is not rounded stays as it was folded."""
         notes, extras = list(plan.notes), dict(report.extras)
         for role, result in rounded.items():
             if not bool(result.weight.scale.isfinite().all()):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from qbench.errors import ConfigError, DataError, suggest
+from qbench.errors import ConfigError, DataError, first_line, suggest
 from qbench.evals.continuations import questions
 from qbench.results import Metric
 
@@ -224,9 +224,8 @@ class _Source:
             raise
         except Exception as error:  # hub, datasets, jinja and pyarrow each have their own
             names = ", ".join(str(w["task"] if isinstance(w, dict) else w) for w in self.wanted)
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
-                f"Cannot prepare task {names}: {lines[0][:200].rstrip('. ')}. Where the hub cannot be reached, give "
+                f"Cannot prepare task {names}: {first_line(error)}. Where the hub cannot be reached, give "
                 f"local files: --tasks NAME=PATH (docs/evaluation.md), or use --tasks {EMBEDDED_SPEC}."
             ) from error
 

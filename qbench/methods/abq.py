@@ -92,7 +92,7 @@ class ABQ(Method):
     def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
         """The recipes of the authors' scripts."""
         long = f"W{scheme.wbits}A{scheme.abits}" in LONG_RECIPES
-        recipe = {"shift": spec.family == "opt" and scheme.abits < 16, "epochs": 40 if long else 20}
+        recipe = {"shift": spec.norm_bias and scheme.abits < 16, "epochs": 40 if long else 20}
         return self.model_copy(update={k: v for k, v in recipe.items() if getattr(self, k) is None})
 
     def check(self, scheme: Scheme, spec: BlockSpec) -> None:
@@ -109,12 +109,11 @@ class ABQ(Method):
                 "equal ends are symmetric by themselves."
             )
         if "sites" in self.model_fields_set:
-            for site in self.sites:
-                spec.site(site)
-                if site == "mlp_out" and spec.family == "opt":
+            for site in map(spec.site, self.sites):
+                if site.positive:
                     raise UnsupportedSchemeError(
-                        "A learned scale at mlp_out may turn negative, which the ReLU between fc1 and fc2 does not "
-                        "pass on. Leave mlp_out out on OPT."
+                        f"A learned scale at {site.name} may turn negative, which the ReLU between {site.producer} "
+                        f"and {site.observed} does not pass on. Leave {site.name} out for this model."
                     )
 
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
@@ -156,9 +155,9 @@ class ABQ(Method):
     def _transforms(self, view: BlockView) -> list[Transform]:
         transforms: list[Transform] = []
         for name in self.sites:
-            if name not in view.spec.sites or (name == "mlp_out" and view.spec.family == "opt"):
+            site = view.spec.sites.get(name)
+            if site is None or site.positive:  # a learned scale may turn negative
                 continue
-            site = view.spec.site(name)
             scale = initial_scale(view, site, self.alpha)
             shift = initial_shift(view, site) if self.shift and site.kind in ("norm", "value") else None
             paired = site.kind == "query_key" and view.spec.rope and self.query_key == "legal"

@@ -107,10 +107,10 @@ class AffineQuant(Method):
         return Needs(activation_stats=self.let and self.parameters is None)
 
     def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
-        """The recipes of the authors' scripts by scheme and family."""
+        """The recipes of the authors' scripts by scheme and model."""
         weight_only = scheme.abits >= 16
         two_bits = weight_only and scheme.wbits <= 2
-        llama = spec.family == "llama"
+        llama = spec.recipes == "llama"
         recipe = {
             "use_ln_matrix": weight_only,
             "use_matrix": not weight_only,

@@ -37,7 +37,7 @@ class Method(BaseModel):
         return Needs()
 
     def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
-        """Fill options left at None from the published recipe for this scheme and model family."""
+        """Fill options left at None from the published recipe for this scheme and model."""
         return self
 
     def check(self, scheme: Scheme, spec: BlockSpec) -> None:

@@ -71,13 +71,13 @@ class OmniQuant(Method):
         return Needs(activation_stats=self.let is not False and self.parameters is None)
 
     def resolve(self, scheme: Scheme, spec: BlockSpec) -> Self:
-        """The recipes of the paper's scripts: specs by scheme and family."""
+        """The recipes of the paper's scripts: specs by scheme and model."""
         weight_only = scheme.abits >= 16
-        llama = spec.family == "llama"
+        llama = spec.recipes == "llama"
         two_bits = weight_only and scheme.wbits <= 2
         recipe = {
             "let": not (llama and weight_only),
-            "shift": not llama and not weight_only,
+            "shift": spec.norm_bias and not weight_only,
             "epochs": 40 if two_bits else 20,
             "let_lr": 5e-3,
             "alpha": 0.5 if llama or weight_only or scheme.wbits > 4 else 0.75,

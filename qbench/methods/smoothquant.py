@@ -47,7 +47,7 @@ class SmoothQuant(Method):
         """See `Method`."""
         if self.alpha is not None:
             return self
-        return self.model_copy(update={"alpha": 0.5 if spec.family == "opt" else 0.8})
+        return self.model_copy(update={"alpha": 0.5 if spec.recipes == "opt" else 0.8})
 
     def check(self, scheme: Scheme, spec: BlockSpec) -> None:
         """See `Method`."""

@@ -29,6 +29,7 @@ class Site:
         producer: The norm's name or the linear's role whose output is transformed.
         consumers: Linear roles that read it; for `query_key` the second operand, k.
         observed: Linear role whose input statistics belong to this site.
+        positive: Only a positive scale passes: a ReLU sits between producer and consumer.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Site:
     producer: str
     consumers: tuple[str, ...]
     observed: str
+    positive: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class BlockSpec:
     """One decoder layer of a concrete model.
 
     Attributes:
-        family: `llama` or `opt`: which published recipes apply.
+        recipes: Whose published recipes apply: most methods have some for LLaMA and some for OPT.
+        published_granularity: Of the ranges of q, k and v in the authors' code; see `engine.attention.Operands`.
         linears: Path inside the block by role, in the order of data flow.
         norms: Path by name.
         attention: Path of the attention module.
@@ -56,7 +59,8 @@ class BlockSpec:
         n_blocks: Blocks of the model, all alike.
     """
 
-    family: Literal["llama", "opt"]
+    recipes: Literal["llama", "opt"]
+    published_granularity: Literal["per_head", "per_token"]
     linears: Mapping[str, str]
     norms: Mapping[str, str]
     attention: str
@@ -107,7 +111,8 @@ class Architecture:
 
     Attributes:
         name: Registry name.
-        family: `llama` or `opt`: which published recipes apply.
+        recipes: See `BlockSpec`.
+        published_granularity: See `BlockSpec`.
         model_types: `config.model_type` values it describes.
         summary: One line for `qbench models`.
         blocks: Path of the block list.
@@ -119,12 +124,14 @@ class Architecture:
         qk_norm: Path of a norm between q/k projections and the attention product, if the family has one.
         hidden_site: (producer, consumer, predicate on the config): where a positive diagonal passes the MLP's
             non-linearity.
+        hidden_relu: Whether that non-linearity is a ReLU, which passes positive scales only.
         bias_options: Configuration switches that give linears a bias they do not have, with the roles each adds.
         refuse: Returns one sentence for configurations of this family that are not supported, else None.
     """
 
     name: str
-    family: Literal["llama", "opt"]
+    recipes: Literal["llama", "opt"]
+    published_granularity: Literal["per_head", "per_token"]
     model_types: tuple[str, ...]
     summary: str
     blocks: str
@@ -134,6 +141,7 @@ class Architecture:
     norm_bias: bool
     rope: bool
     hidden_site: tuple[str, str, Callable[[Any], bool]]
+    hidden_relu: bool = False
     qk_norm: str | None = None
     bias_options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     refuse: Callable[[Any], str | None] = lambda config: None
@@ -164,7 +172,8 @@ class Architecture:
         n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
         sites, missing = self._sites(block, config)
         return BlockSpec(
-            family=self.family,
+            recipes=self.recipes,
+            published_granularity=self.published_granularity,
             linears=MappingProxyType(dict(self.linears)),
             norms=MappingProxyType(dict(self.norms)),
             attention=self.attention,
@@ -195,7 +204,7 @@ class Architecture:
             sites["query_key"] = Site("query_key", "query_key", "q", ("k",), "q")
         producer, consumer, linear_between = self.hidden_site
         if linear_between(config):
-            sites["mlp_out"] = Site("mlp_out", "hidden", producer, (consumer,), consumer)
+            sites["mlp_out"] = Site("mlp_out", "hidden", producer, (consumer,), consumer, self.hidden_relu)
         else:
             missing["mlp_out"] = (
                 f"the activation between {producer} and {consumer} does not commute with a scale"

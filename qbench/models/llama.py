@@ -11,7 +11,8 @@ from qbench.models.base import Architecture
 
 LLAMA = Architecture(
     name="llama",
-    family="llama",
+    recipes="llama",
+    published_granularity="per_head",  # the authors quantize q, k, v after the split into heads
     model_types=("llama",),
     summary="LLaMA 1, 2 and 3, with or without grouped-query attention",
     blocks="model.layers",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, suggest
+from qbench.errors import ConfigError, DataError, QbenchError, UnsupportedSchemeError, first_line, suggest
 from qbench.models import ARCHITECTURES
 from qbench.models.base import Architecture, BlockSpec
 from qbench.models.extra_biases import apply_extra_biases
@@ -164,6 +164,21 @@ class _Source:
             raise DataError(f"Model {self.name!r} lacks {len(missing)} of its weights (first: {missing[0]}).")
         return model, sorted(report["unexpected_keys"])
 
+    def described(
+        self, model: Any, tokenizer: Any, architecture: Architecture, packed: PackedFolder | None = None
+    ) -> LoadedModel:
+        """The model with what is read off its first block."""
+        return LoadedModel(
+            name=self.name,
+            model=model,
+            tokenizer=tokenizer,
+            architecture=architecture,
+            spec=architecture.block_spec(model.get_submodule(architecture.blocks)[0], self.config),
+            max_seq_len=self.config.max_position_embeddings,
+            location=self.location,
+            packed=None if packed is None else packed.summary,
+        )
+
 
 def _find(name: str, revision: str | None, trust_remote_code: bool) -> _Source:
     """Where a model lies, and its configuration."""
@@ -186,18 +201,17 @@ def describe_model(name: str, revision: str | None = None, *, trust_remote_code:
     from transformers import AutoModelForCausalLM
 
     source = _find(name, revision, trust_remote_code)
-    location, config = source.location, source.config
     with _readable(name):
-        architecture = architecture_for(config)
+        architecture = architecture_for(source.config)
         tokenizer = source.tokenizer()
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    if Path(location).is_dir() and not any(any(Path(location).glob(pattern)) for pattern in WEIGHT_FILES):
+            model = AutoModelForCausalLM.from_config(source.config, trust_remote_code=trust_remote_code)
+    folder = Path(source.location)
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in WEIGHT_FILES):
         raise DataError(
             f"Cannot load model {name!r}: no weights in its folder ({' or '.join(WEIGHT_FILES)})."
         )
-    spec = architecture.block_spec(model.get_submodule(architecture.blocks)[0], config)
-    return LoadedModel(name, model, tokenizer, architecture, spec, config.max_position_embeddings, location)
+    return source.described(model, tokenizer, architecture)
 
 
 @contextmanager
@@ -208,10 +222,9 @@ def _readable(name: str) -> Iterator[None]:
     except QbenchError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise DataError(
-            f"Cannot load model {name!r}: {first}. Give a folder saved by save_pretrained, or a hub name that can be "
-            "reached from here."
+            f"Cannot load model {name!r}: {first_line(error)}. Give a folder saved by save_pretrained, or a "
+            "hub name that can be reached from here."
         ) from error
 
 
@@ -238,28 +251,16 @@ def load_model(
         UnsupportedSchemeError: A model type without a description.
     """
     source = _find(name, revision, trust_remote_code)
-    location, config = source.location, source.config
     with _readable(name):
-        architecture = architecture_for(config)
-        packed = _packed(location, revision, config)
+        architecture = architecture_for(source.config)
+        packed = _packed(source.location, revision, source.config)
         model, unexpected = source.model(packed, dtype, on_gpu)
         tokenizer = source.tokenizer()
-    with _readable(name):
-        apply_extra_biases(model, architecture, unexpected, location, revision)
+        apply_extra_biases(model, architecture, unexpected, source.location, revision)
     model = model.eval().requires_grad_(False)
     model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
     _require_finite(model, name)
-    blocks: Sequence[nn.Module] = model.get_submodule(architecture.blocks)
-    return LoadedModel(
-        name=name,
-        model=model,
-        tokenizer=tokenizer,
-        architecture=architecture,
-        spec=architecture.block_spec(blocks[0], config),
-        max_seq_len=config.max_position_embeddings,
-        location=location,
-        packed=None if packed is None else packed.summary,
-    )
+    return source.described(model, tokenizer, architecture, packed)
 
 
 def _require_finite(model: nn.Module, name: str) -> None:

@@ -20,7 +20,8 @@ def _refuse(config: Any) -> str | None:
 
 OPT = Architecture(
     name="opt",
-    family="opt",
+    recipes="opt",
+    published_granularity="per_token",  # the authors quantize q, k, v before the split into heads
     model_types=("opt",),
     summary="OPT 125m to 66b, but for the post-norm 350m",
     blocks="model.decoder.layers",
@@ -38,5 +39,6 @@ OPT = Architecture(
     rope=False,
     # ReLU(s·x) = s·ReLU(x) for s > 0
     hidden_site=("fc1", "fc2", lambda config: config.activation_function == "relu"),
+    hidden_relu=True,
     refuse=_refuse,
 )

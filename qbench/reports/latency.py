@@ -82,7 +82,7 @@ def circumstances(report: Report) -> list[str]:
     of_rows: dict[str, list[str]] = {}
     for s in report.speeds:
         for note in s.notes:
-            of_rows.setdefault(note, []).append(f"{s.model} {s.scheme} {s.backend}")
+            of_rows.setdefault(note, []).append(f"{s.model} {s.scheme} {s.backend} batch {s.batch}")
     lines += [f"{', '.join(dict.fromkeys(rows))}: {note}." for note, rows in of_rows.items()]
     return [*lines, *report.notes]
 

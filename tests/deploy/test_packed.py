@@ -14,7 +14,7 @@ from qbench.engine.checkpoint import Checkpoint
 from qbench.engine.prepare import PreparedBlock
 from qbench.engine.state import BlockState
 from qbench.errors import ConfigError, DataError, UnsupportedSchemeError
-from qbench.evals.latency import generate
+from qbench.evals.generation import generate
 from qbench.scheme import Scheme
 from tests.blocks import blocks_of, relative
 from tests.tiny_runs import make_lane, naive_logits, reconstruct_lanes, spec_of

@@ -138,7 +138,7 @@ def test_a_bias_and_a_matrix_may_follow_a_norm_that_has_none(case: Case) -> None
 
 def test_the_norms_that_torch_has_fused_are_recognized_by_what_they_compute(case: Case) -> None:
     """Their values and gradients are then those of torch's function; a norm that differs is left alone."""
-    rms = case.spec.family == "llama"
+    rms = not case.spec.norm_bias
     assert all((norm.rms_epsilon is not None) == rms for norm in case.prepared().norms.values())
     if not rms:
         return

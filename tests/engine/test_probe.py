@@ -35,7 +35,9 @@ def probe_of(case: Case, placement: str = "cpu") -> tuple[Probe, PreparedBlock]:
 
 def parts_of(case: Case) -> list[str]:
     """Attention, the MLP where it is a module, and a linear of it."""
-    return ["self_attn", "fc1", "fc2"] if case.spec.family == "opt" else ["self_attn", "mlp", "mlp.down_proj"]
+    return (
+        ["self_attn", "fc1", "fc2"] if "fc1" in case.spec.linears else ["self_attn", "mlp", "mlp.down_proj"]
+    )
 
 
 @torch.no_grad()

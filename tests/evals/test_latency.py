@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import weakref
 from functools import partial
-from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from qbench.evals import latency
 from qbench.evals.latency import LoopedCalls, Protocol, TooSlowError, interleaved, summarize
@@ -108,49 +106,6 @@ def test_graphed_calls_keep_what_their_graph_reads_by_address(monkeypatch: pytes
     assert held() is not None
     del passes
     assert held() is None
-
-
-@pytest.fixture(scope="module")
-def generating() -> tuple[Any, torch.Tensor]:
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=200, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval(), torch.randint(3, 200, (2, 17))
-
-
-@torch.no_grad()
-def test_steps_over_a_cache_of_fixed_size_give_the_logits_of_whole_passes(generating: Any) -> None:
-    model, prompt = generating
-    steps = latency.CachedSteps(model, prompt, 6)
-    for _ in range(3):  # what a capture leaves behind must not matter
-        steps.step()
-    tokens = torch.randint(3, 200, (2, 6))
-    found = steps.fed(tokens, steps.step)
-    whole = model(input_ids=torch.cat([prompt, tokens], 1)).logits[:, prompt.shape[1] :]
-    deviation, agreeing = latency.compare_logits(found, whole)
-    assert deviation < 1e-5
-    assert agreeing == "12 of 12 tokens the same"
-
-
-@torch.no_grad()
-def test_steps_that_stay_in_their_place_are_no_generation(generating: Any) -> None:
-    model, prompt = generating
-    steps = latency.CachedSteps(model, prompt, 6)
-    with pytest.raises(
-        RuntimeError, match="holds 17 tokens after steps to 20: a step does not move its place"
-    ):
-        steps.fed(prompt[:, :3], lambda: None)  # a replayed graph that does nothing
-
-
-def test_distance_of_logits() -> None:
-    expected = torch.tensor([[[0.0, 2.0], [3.0, 1.0]]])
-    assert latency.compare_logits(expected, expected) == (0, "2 of 2 tokens the same")
-    found = torch.tensor([[[0.0, 2.0], [1.0, 3.0]]])
-    deviation, agreeing = latency.compare_logits(found, expected)
-    assert deviation == pytest.approx((8 / 4) ** 0.5)  # off by −2 and 2, spread of ±1 around each mean
-    assert agreeing == "1 of 2 tokens the same"
 
 
 @pytest.mark.gpu

@@ -89,7 +89,7 @@ def test_sites_of_opt(spec_of) -> None:
     sites = spec_of("opt").sites
     assert set(sites) == {"attn_in", "mlp_in", "value_out", "query_key", "mlp_out"}
     assert sites["mlp_in"] == Site("mlp_in", "norm", "mlp_norm", ("fc1",), "fc1")
-    assert sites["mlp_out"] == Site("mlp_out", "hidden", "fc1", ("fc2",), "fc2")
+    assert sites["mlp_out"] == Site("mlp_out", "hidden", "fc1", ("fc2",), "fc2", positive=True)
 
 
 def test_qwen3_has_no_query_key_site_and_says_why(spec_of) -> None:
@@ -175,7 +175,7 @@ def test_every_registered_architecture_answers_to_its_own_model_types() -> None:
     for name in ARCHITECTURES.names():
         architecture = ARCHITECTURES.load(name)
         assert architecture.name == name
-        assert architecture.family in ("llama", "opt")
+        assert architecture.recipes in ("llama", "opt")
         assert architecture.summary and architecture.model_types
 
 

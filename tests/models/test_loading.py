@@ -71,7 +71,7 @@ def test_embedded_names_load_without_a_network(name: str) -> None:
     assert resolve_location(name) == str(ASSETS / name)
     loaded = load_model(name)
     assert (loaded.name, loaded.location) == (name, str(ASSETS / name))
-    assert loaded.architecture.family == name.removeprefix("tiny-")
+    assert loaded.architecture.recipes == name.removeprefix("tiny-")
 
 
 def test_a_near_miss_of_an_embedded_name_is_corrected() -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qbench.deploy.backends.layer import KernelLayer, Request
+from qbench.deploy.backends.layer import KernelLayer, Request, dtype_name, missing_cuda_package
 from qbench.quant.uniform import QuantizedWeight
 
 BITS = (2, 4, 8)
@@ -33,7 +33,7 @@ class GemliteLayer(KernelLayer):
             request.code_bits,
             request.group_size,
         )
-        product = str(request.dtype).removeprefix("torch.")
+        product = dtype_name(request.dtype)
         self.arithmetic = f"{product} product, weights dequantized in the kernel"
 
     def product(self, x: Tensor) -> Tensor:
@@ -48,13 +48,7 @@ class Gemlite:
 
     def unavailable(self, device: str) -> str | None:
         """Needs its package and a CUDA device."""
-        if device != "cuda":
-            return "its kernels run on CUDA devices only"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device here"
-        if importlib.util.find_spec("gemlite") is None:
-            return 'the package gemlite is not installed; install "qbench[kernels]"'
-        return None
+        return missing_cuda_package(device, "gemlite", "gemlite")
 
     def dtypes(self, device: str) -> tuple[torch.dtype, ...]:
         """float16 first, in which scales lose nothing."""

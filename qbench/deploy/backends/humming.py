@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qbench.deploy.backends import tokens
-from qbench.deploy.backends.layer import KernelLayer, Request
+from qbench.deploy.backends.layer import KernelLayer, Request, missing_cuda_package
 from qbench.deploy.backends.native import integer_arithmetic
 from qbench.quant.uniform import QuantizedWeight
 
@@ -104,12 +104,8 @@ class Humming:
 
     def unavailable(self, device: str) -> str | None:
         """Needs its package and a CUDA device."""
-        if device != "cuda":
-            return "its kernels run on CUDA devices only"
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device here"
-        if importlib.util.find_spec("humming") is None:
-            return 'the package humming-kernels is not installed; install "qbench[kernels]"'
+        if (reason := missing_cuda_package(device, "humming", "humming-kernels")) is not None:
+            return reason
         if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
             return "its kernels need compute capability 8.0 or later"
         return None

@@ -7,6 +7,7 @@ anything is packed: no backend computes another scheme than the one that was ask
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -55,6 +56,22 @@ class Request:
     def group_size(self) -> int:
         """Input channels per scale; the whole width where there is one scale per output channel."""
         return self.grid.group_size or self.in_features
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As reports have it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def missing_cuda_package(device: str, module: str, distribution: str) -> str | None:
+    """Why kernels of a CUDA package cannot work here, or None."""
+    if device != "cuda":
+        return "its kernels run on CUDA devices only"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    if importlib.util.find_spec(module) is None:
+        return f'the package {distribution} is not installed; install "qbench[kernels]"'
+    return None
 
 
 class KernelLayer(nn.Module):

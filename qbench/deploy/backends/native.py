@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qbench.deploy.backends import tokens
-from qbench.deploy.backends.layer import KernelLayer, Request
+from qbench.deploy.backends.layer import KernelLayer, Request, dtype_name
 from qbench.quant.uniform import QuantizedWeight
 
 INT4_GROUPS = (32, 64, 128, 256)  # group sizes that both int4 kernels know
@@ -51,7 +51,7 @@ class Int4Layer(KernelLayer):
         self.register_buffer("packed", packed)
         bits = request.code_bits
         stored = "" if bits == 4 else f", {bits}-bit codes stored in 4 bits"
-        self.arithmetic = f"{_name(request.dtype)} product, int4 codes dequantized in the kernel{stored}"
+        self.arithmetic = f"{dtype_name(request.dtype)} product, int4 codes dequantized in the kernel{stored}"
 
     def product(self, x: Tensor) -> Tensor:
         """See `KernelLayer`."""
@@ -75,7 +75,7 @@ class Int8Layer(KernelLayer):
         self.register_buffer("offset", None if request.grid.symmetric else offset)
         bits = request.code_bits
         stored = "" if bits == 8 else f", {bits}-bit codes stored in 8 bits"
-        self.arithmetic = f"{_name(request.dtype)} product, int8 codes dequantized in the kernel{stored}"
+        self.arithmetic = f"{dtype_name(request.dtype)} product, int8 codes dequantized in the kernel{stored}"
 
     def product(self, x: Tensor) -> Tensor:
         """See `KernelLayer`."""
@@ -213,7 +213,3 @@ def integer_arithmetic(request: Request) -> str:
 def _divisor(width: int) -> int:
     """The largest group the int4 kernels know that divides a row: one scale per channel, repeated; 0 if none does."""
     return next((size for size in reversed(INT4_GROUPS) if width % size == 0), 0)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qbench.deploy.backends.layer import KernelLayer, Request
+from qbench.deploy.backends.layer import KernelLayer, Request, dtype_name
 from qbench.quant import uniform
 from qbench.quant.fake import fake_quantize
 from qbench.quant.grid import Grid
@@ -23,7 +23,7 @@ class ReferenceLayer(KernelLayer):
         super().__init__(request, bias)
         for name in ("codes", "scale", "zero_point"):
             self.register_buffer(name, getattr(weight, name))
-        product = str(request.dtype).removeprefix("torch.")
+        product = dtype_name(request.dtype)
         self.arithmetic = f"{product} product, weights dequantized before it"
         if request.abits < 16:
             self.arithmetic += f", inputs rounded to {request.abits} bits before it"
