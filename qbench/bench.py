@@ -40,7 +40,7 @@ from qbench.latency import Ceilings, Cell, ShapeSet, Timing
 from qbench.methods import METHODS
 from qbench.models.shapes import describe
 from qbench.quant import uniform
-from qbench.quant.grid import Grid
+from qbench.quant.grid import Grid, check_group_size
 from qbench.quant.uniform import QuantizedWeight
 from qbench.scheme import Scheme
 
