@@ -69,7 +69,7 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     listener = listener or Listener()
     wanted = every_row(config)
     methods = check_request(config, wanted)
-    resolved_cells(wanted, methods, describe(config))
+    resolved_cells(wanted, methods, describe(config))  # a scheme that cannot be done: before a weight is read
     for source in {config.calibration.dataset, *config.evals.datasets} - {"auto"}:
         require_source(source)
     loaded = load(config, listener)

@@ -99,9 +99,9 @@ class LaneBlock:
         self._operands(stream)
         outputs = stream.forward(self.prepared, self.q_inputs)
         if not outputs.all_finite():
-            arithmetic = str(stream.settings.autocast or torch.float32).removeprefix("torch.")
             raise NumericalError(
-                f"the quantized block's outputs are not finite in {arithmetic}. Try --autocast bfloat16 or float32."
+                f"the quantized block's outputs are not finite in {stream.settings.arithmetic}. "
+                "Try --autocast bfloat16 or float32."
             )
         return outputs
 
