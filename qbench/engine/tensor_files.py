@@ -39,7 +39,7 @@ def load_dictionary(path: str, what: str) -> dict[Any, Any]:
         ) from error
     except Exception as error:  # whatever its unpickler makes of bytes that torch.save did not write
         raise DataError(
-            f"{what} {path!r} is no file of torch.save, or a damaged one. Copy it again, or name another."
+            f"{what} {path!r} was not written by torch.save, or is damaged. Copy it again, or name another."
         ) from error
     if not isinstance(data, dict) or not data:
         raise DataError(f"{what} {path!r} is no dictionary of tensors.")
