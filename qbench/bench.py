@@ -40,7 +40,7 @@ from qbench.latency import Ceilings, Cell, ShapeSet, Timing
 from qbench.methods import METHODS
 from qbench.models.shapes import describe
 from qbench.quant import uniform
-from qbench.quant.grid import Grid
+from qbench.quant.grid import Grid, check_group_size
 from qbench.quant.uniform import QuantizedWeight
 from qbench.scheme import Scheme
 
@@ -98,6 +98,17 @@ def shapes_of(models: Iterable[ShapeSet]) -> tuple[list[tuple[int, int]], frozen
     return shapes, frozenset().union(*(model.after_norm for model in models))
 
 
+def require_groups(schemes: Iterable[Scheme], models: Iterable[ShapeSet]) -> None:
+    """Refuse, before anything is measured, groups that do not divide the input width of a model's linears.
+
+    Raises:
+        UnsupportedSchemeError: Names the shapes of the first such scheme.
+    """
+    shapes, _ = shapes_of(models)
+    for scheme in schemes:
+        check_group_size(scheme.group_size, {f"{out}×{width}": width for out, width in shapes})
+
+
 def load_backends(names: Sequence[str], device: str) -> tuple[dict[str, Backend], list[str]]:
     """Backends by name, and a sentence for each that cannot work here.
 
@@ -117,7 +128,12 @@ def ceilings(backends: Mapping[str, Backend], device: str, protocol: Protocol) -
 
     Where torch's own product stays below what the tensor cores can do, a share of its rate would exceed 100%.
     """
-    found = measure_ceilings(device, protocol)
+    try:
+        found = measure_ceilings(device, protocol)
+    except TooSlowError as error:
+        raise ConfigError(
+            f"The machine's own rates cannot be measured in --slow-seconds {protocol.limit_s:g}: {error}. Give more."
+        ) from error
     if "humming" not in backends:
         return found
     try:

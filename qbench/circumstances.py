@@ -122,9 +122,14 @@ def read_texts(config: RunConfig, loaded: LoadedModel) -> tuple[TokenWindows, Su
         if length > loaded.max_seq_len:
             raise ConfigError(
                 f"{what} seq_len={length} is longer than the {loaded.max_seq_len} tokens {loaded.name} was made for. "
-                f"Use --seqlen {loaded.max_seq_len} or less."
+                f"Use --{'eval-' * (what == 'evaluation')}seqlen {loaded.max_seq_len} or less."
             )
     n_samples = calibration.n_samples or (EMBEDDED_SAMPLES if embedded else PUBLISHED_SAMPLES)
+    if config.compute.batch_size > n_samples:
+        raise ConfigError(
+            f"batch_size={config.compute.batch_size} is more than the {n_samples} calibration windows: a step would "
+            "have fewer samples than were asked for. Use a smaller --batch-size, or more --nsamples."
+        )
     _, target = parse_dataset(source)
     text = load_text(target, "calibration")
     windows = draw_calibration(text, loaded.tokenizer, n_samples, seq_len, calibration.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -61,11 +62,11 @@ class CalibrationConfig(_Section):
         None, ge=2, description="Tokens per window. Default: 2048, or the model's limit if that is smaller."
     )
     seed: int = Field(2, ge=0, description="Seed of the calibration windows and of everything random.")
-    act_scales: str | None = Field(
+    act_scales: Name | None = Field(
         None,
         description="Largest inputs per channel from this act_scales file (.pt) instead of those observed.",
     )
-    act_shifts: str | None = Field(
+    act_shifts: Name | None = Field(
         None, description="Centres per channel from this act_shifts file (.pt) instead of those observed."
     )
 
@@ -77,12 +78,13 @@ class EvalConfig(_Section):
         ["auto"],
         min_length=1,
         description="Perplexity on a dataset: NAME, PATH or NAME=PATH; repeatable. auto: the calibration source's "
-        "evaluation split.",
+        "evaluation split; in `qbench eval` wikitext2, or for the embedded models stdlib.",
     )
     seq_len: int | None = Field(
         None,
         ge=2,
-        description="Tokens per evaluation window. Default: as for calibration; embedded models their limit.",
+        description="Tokens per evaluation window. Default: as for calibration; for embedded models and in `qbench "
+        "eval` 2048, or the model's limit if that is smaller.",
     )
     limit: int | None = Field(
         None, ge=1, description="Score only the first windows of each text and items of each task."
@@ -111,11 +113,20 @@ class EvalConfig(_Section):
         0, ge=0, description="Windows per evaluation pass; 0: about 2k tokens on a CPU, 16k on a GPU."
     )
 
+    @model_validator(mode="after")
+    def _of_tasks(self) -> Self:
+        for name in ("limit_items", "fewshot"):
+            if getattr(self, name) is not None and not self.tasks:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is about tasks: name some with --tasks, or leave it out."
+                )
+        return self
+
 
 class ComputeConfig(_Section):
     """Where and in which precision the work runs."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     model_dtype: Dtype = Field("auto", description="Precision in which the model is loaded and evaluated.")
     autocast: Dtype = Field("auto", description="Precision of the products while blocks are fitted.")
     batch_size: int = Field(1, ge=1, description="Samples per optimizer step.")
@@ -125,10 +136,25 @@ class ComputeConfig(_Section):
     hidden_states: Literal["auto", "device", "cpu", "disk"] = Field(
         "auto", description="Where the blocks' inputs are kept."
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads. Default: all cores.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads. Default: all cores.")
     allow_fallback: bool = Field(
         False, description="Where a method breaks down on a block, use its fallback and note it in the row."
     )
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> Self:
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise ConfigError(
+                f"micro_batch={self.micro_batch} is more than the {self.batch_size} of a step (--batch-size)."
+            )
+        return self
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, device: str) -> str:
+        if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
+            raise ValueError("choose auto, cpu, cuda or cuda:N")
+        return device
 
 
 class QuantizerConfig(_Section):
@@ -160,7 +186,7 @@ class RunConfig(_Section):
     """One run: methods × schemes on one model."""
 
     model: Name = Field("tiny-llama", description="A hub name, a local folder, or an embedded model.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    revision: Name | None = Field(None, description="Branch, tag or commit of a hub model.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     methods: list[MethodRequest] = Field(
         [MethodRequest(name="affinequant")], min_length=1, description="Methods to compare; repeatable."
@@ -176,7 +202,7 @@ class RunConfig(_Section):
     compute: ComputeConfig = ComputeConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     output: Name = Field("results", description="Folder of the result records.")
-    save_dir: str | None = Field(
+    save_dir: Name | None = Field(
         None,
         description="Write each quantized model to a folder in here; fake-quantized unless export says more.",
     )
@@ -184,10 +210,10 @@ class RunConfig(_Section):
         [],
         description="Write each quantized model in this format, certified, to save_dir or OUTPUT/exports; repeatable.",
     )
-    save_act_scales: str | None = Field(
+    save_act_scales: Name | None = Field(
         None, description="Also write the observed channel ranges: act_scales and act_shifts in this folder."
     )
-    resume: str | None = Field(
+    resume: Name | None = Field(
         None,
         description="Continue from the checkpoints in this folder; or evaluate the parameters in this file (.pth) "
         "of the authors' OmniQuant or AffineQuant.",
@@ -248,9 +274,9 @@ class ScoreConfig(_Section):
     """A model to measure as it is."""
 
     model: Name = Field(description="A hub name, a local folder, or an embedded model.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    revision: Name | None = Field(None, description="Branch, tag or commit of a hub model.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
-    fidelity_to: str | None = Field(
+    fidelity_to: Name | None = Field(
         None,
         description="The full-precision model it was made from: scored too, and compared with.",
     )
@@ -330,7 +356,7 @@ def _problem(details: ErrorDetails, model: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
-        return f"unknown key {path!r}.{suggest(str(location[-1]), known)} Known: {', '.join(known)}"
+        return f"unknown key {path!r}.{suggest(str(location[-1]), known)} Known: {', '.join(known) or 'none'}"
     if details["type"] == "missing":
         return f"{path} is missing"
     message = details["msg"].removeprefix("Value error, ")

@@ -56,7 +56,11 @@ def select_row(
     ]
     if len(found) == 1:
         return found[0]
-    listed = "; ".join(f"--row {r.id[:12]} ({r.method} {r.scheme})" for r in (found or every)) or "none"
+    if not every:
+        raise ConfigError(
+            f"{str(store.folder)!r} holds no quantized row. Give the output folder of a `qbench run`."
+        )
+    listed = "; ".join(f"--row {r.id[:12]} ({r.method} {r.scheme})" for r in (found or every))
     what = "Several rows match" if found else "No quantized row matches"
     raise ConfigError(f"{what} in {str(store.folder)!r}. Choose one: {listed}.")
 

@@ -68,6 +68,7 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     listener = listener or Listener()
     wanted = every_row(config)
     methods = check_request(config, wanted)
+    resolved_cells(wanted, methods, describe(config))  # a scheme that cannot be done: before a weight is read
     loaded = load(config, listener)
     if config.export:
         lanes = [Lane(c.label, c.method, c.scheme) for c in resolved_cells(wanted, methods, loaded)]

@@ -76,7 +76,7 @@ def score_model(config: ScoreConfig, listener: Listener | None = None) -> list[R
     made_by = _record_beside(config.model)
     base = None if config.fidelity_to is None else _score_base(config, device, store, made_by, listener)
     model = _load(config, config.model, device, listener)
-    suite = _suite(config, model)
+    suite = _suite(config, model, made_by)
     if base is not None and suite.contract_fields() != base.contract_fields["evaluation"]:
         raise ConfigError(
             f"{config.model} and {config.fidelity_to} do not read the texts in the same tokens, so their distributions "
@@ -115,7 +115,7 @@ def _score_base(
             f"--fidelity-to {config.fidelity_to} is itself quantized ({model.quantization.get('quant_method')}); name "
             "the full-precision model it was made from."
         )
-    suite = _suite(config, model)
+    suite = _suite(config, model, made_by)
     fields = _fields(model, suite, None, None)
     if made_by is not None:
         if made_by.contract_fields.get("model") != fields["model"]:
@@ -152,14 +152,15 @@ def _load(config: ScoreConfig, name: str, device: torch.device, listener: Listen
     )
 
 
-def _suite(config: ScoreConfig, model: ScorableModel) -> Suite:
+def _suite(config: ScoreConfig, model: ScorableModel, made_by: Result | None) -> Suite:
     seq_len = config.evals.seq_len or min(PUBLISHED_SEQ_LEN, model.max_seq_len)
     if seq_len > model.max_seq_len:
         raise ConfigError(
             f"evaluation seq_len={seq_len} is longer than the {model.max_seq_len} tokens {model.name} was made for. "
             f"Use --seqlen {model.max_seq_len} or less."
         )
-    source = "stdlib" if {model.name, config.fidelity_to} & set(EMBEDDED) else "wikitext2"
+    origins = {model.name, config.fidelity_to, None if made_by is None else made_by.model}
+    source = "stdlib" if origins & set(EMBEDDED) else "wikitext2"
     return make_suite(config.evals, model.tokenizer, seq_len, model.max_seq_len, source)
 
 

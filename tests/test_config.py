@@ -54,6 +54,8 @@ def test_the_same_request_twice_is_one_but_other_options_are_another() -> None:
         ({"schemes": []}, r"schemes=\[\]"),
         ({"schemes": ["W4A4x"]}, "Cannot read scheme"),
         ({"methods": "rtn"}, r"methods='rtn' is refused"),
+        ({"evals": {"seq_len": 0}}, r"evals\.seq_len=0"),
+        ({"output": "a", "resume": ""}, r"resume=''"),
         ({"methods": [{"options": {}}]}, r"methods\.0\.name is missing"),
         ({"model": ""}, "model=''"),
         ({"resume": "a", "restart": True}, "resume and restart contradict"),

@@ -790,7 +790,7 @@ def test_an_unknown_method_is_refused_with_a_suggestion(here, refused) -> None:
     assert not here.output.exists()
 
 
-@pytest.mark.parametrize("scheme", ["4bit", "W4", "W4A4x", ""])
+@pytest.mark.parametrize("scheme", ["4bit", "W4", "W4A4x", " "])
 def test_an_unreadable_scheme_is_refused_with_examples(here, refused, scheme) -> None:
     message = refused(scheme=scheme)
     assert repr(scheme) in message and "W4A16g128" in message
@@ -800,6 +800,18 @@ def test_an_unreadable_scheme_is_refused_with_examples(here, refused, scheme) ->
 @pytest.mark.parametrize("scheme", ["W9A16", "W1A16", "W4A12"])
 def test_a_bit_width_that_does_not_exist_is_refused(here, refused, scheme) -> None:
     assert "2 to 8, or 16" in refused(scheme=scheme)
+    assert not here.output.exists()
+
+
+def test_a_group_size_that_does_not_divide_is_refused_before_a_weight_is_read(here, refused) -> None:
+    path = Path(here.model) / "model.safetensors"
+    path.write_bytes(b"damaged")
+    assert "group_size=24 does not divide" in refused(scheme="W4A16g24")
+    assert "Cannot load model" in refused(scheme="W4A16")
+
+
+def test_more_samples_to_a_step_than_there_are_is_refused(here, refused) -> None:
+    assert "batch_size=4 is more than the 3 calibration windows" in refused("--batch-size", "4")
     assert not here.output.exists()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from qbench.cli import main
 from qbench.config import RunConfig, ScoreConfig
@@ -115,6 +116,17 @@ def test_an_export_of_ours_keeps_its_method_and_its_contract(place) -> None:
         score_model(config)
 
 
+def test_an_export_of_an_embedded_model_is_scored_on_its_text_by_default(place, monkeypatch) -> None:
+    _, made = run_rows(place)
+    (place / "coarse" / "qbench.json").write_text(made.model_copy(update={"model": "tiny-llama"}).to_json())
+    asked = []
+    monkeypatch.setattr("qbench.scoring.make_suite", lambda *arguments: asked.append(arguments) or 1 / 0)
+    for model, source in (("coarse", "stdlib"), ("base", "wikitext2")):
+        with pytest.raises(ZeroDivisionError):
+            score_model(request_of(place, model, evals={"datasets": ["auto"]}))
+        assert asked.pop()[-1] == source
+
+
 def test_another_base_is_refused(place, build_tiny) -> None:
     _, made = run_rows(place)
     (place / "coarse" / "qbench.json").write_text(made.to_json())
@@ -130,7 +142,13 @@ def test_bad_requests_are_one_sentence(place) -> None:
         score_model(request_of(place, "coarse", evals={"seq_len": 65}))
     with pytest.raises(ConfigError, match="--generate 40 after prompts of 32"):
         score_model(request_of(place, "coarse", fidelity_to=str(place / "base"), evals={"generate": 40}))
-    (place / "coarse" / "model.safetensors").unlink()
+    weights = place / "coarse" / "model.safetensors"
+    tensors = load_file(weights)
+    first = next(name for name in tensors if "down_proj" in name)
+    save_file(tensors | {first: tensors[first] * torch.nan}, weights, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=rf"not finite \(first: {first}\)"):
+        score_model(request_of(place, "coarse"))
+    weights.unlink()
     with pytest.raises(DataError, match="Cannot load model"):
         score_model(request_of(place, "coarse"))
     assert not (place / "results").exists()
@@ -184,4 +202,4 @@ def test_the_command_prints_a_table_and_generations(place) -> None:
     assert "text/kl_mean" in found and "recovery" in found and "as-is" in found
     assert "first difference at token" in done.stderr
     refused = CliRunner().invoke(main, ["eval"])
-    assert refused.exit_code == 2 and "model is missing" in refused.stderr
+    assert refused.exit_code == 2 and "No model to measure" in refused.stderr

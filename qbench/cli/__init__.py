@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from qbench import __version__
-from qbench.errors import QbenchError, unknown_name
+from qbench.errors import ConfigError, QbenchError, unknown_name
 from qbench.registry import Registry
 
 COMMANDS = Registry(
@@ -82,13 +82,18 @@ class _Commands(click.Group):
             if hasattr(stream, "reconfigure"):  # a terminal without ± or ≈ shows ? and goes on
                 stream.reconfigure(errors="replace")
         try:
+            if "" in given:  # a shell's unset variable: no option means anything by it
+                before = given[given.index("") - 1] if given.index("") else "qbench"
+                raise ConfigError(f"The argument after {before} is empty. Write its value, or leave it out.")
             extra["standalone_mode"] = False
             code = super().main(arguments or ["--help"], prog_name or "qbench", **extra)
         except (QbenchError, click.ClickException) as error:
             if "--debug" in given:
                 traceback.print_exc()
             message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-            click.echo(f"Error: {message}", err=True)
+            click.echo(
+                f"Error: {' '.join(message.split())}", err=True
+            )  # click lists choices in lines of their own
             sys.exit(error.exit_code)
         except click.Abort:
             click.echo("Interrupted. The same command continues after the last finished block.", err=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from qbench.errors import ConfigError, DataError, first_line
+from qbench.errors import ConfigError, DataError
 from qbench.latency import Report
 from qbench.results import require_writable, write_atomically
 from qbench.scheme import Scheme
@@ -57,7 +57,11 @@ BACKENDS = {"cpu": ("torch",), "cuda": ("humming", "torch", "gemlite")}
     help="Length of one measurement on a CPU.",
 )
 @click.option(
-    "--slow-seconds", default=10.0, show_default=True, help="Rows that need longer are called slow."
+    "--slow-seconds",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Rows that need longer are called slow.",
 )
 @click.option(
     "--max-minutes",
@@ -87,15 +91,20 @@ def bench(**given: Any) -> None:
     if given["render"]:
         show(read(path), given["format_"])
         return
+    if path.is_dir():
+        raise ConfigError(
+            f"--output {given['output']!r} is a folder. Name a file for the report, such as bench.json."
+        )
     require_writable(path.parent, "--output")
     schemes = [Scheme.parse(text) for text in given["schemes"] or SCHEMES]
+    earlier = read(path) if path.exists() and not given["restart"] else None
 
     import torch
 
     device = _device(given["device"])
     if given["threads"]:
         torch.set_num_threads(given["threads"])
-    report = _run(given, schemes, device, path)
+    report = _run(given, schemes, device, path, earlier)
     show(report, given["format_"])
 
 
@@ -109,7 +118,9 @@ def _device(asked: str) -> str:
     return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _run(given: dict[str, Any], schemes: list[Scheme], device: str, path: Path) -> Report:
+def _run(
+    given: dict[str, Any], schemes: list[Scheme], device: str, path: Path, earlier: Report | None
+) -> Report:
     import torch
 
     from qbench import bench, provenance
@@ -122,6 +133,7 @@ def _run(given: dict[str, Any], schemes: list[Scheme], device: str, path: Path) 
     names = given["models"] if given["models"] or given["shapes"] else ("tiny-llama",)
     configs |= {name: model_config(name) for name in names}
     models = [shape_set(name, config) for name, config in configs.items()]
+    bench.require_groups(schemes, models)
     matrix = bench.schemes_with_matrix(schemes, given["method"], given["norm_matrix"], list(configs.values()))
     for note in notes:
         click.echo(f"note: {note}", err=True)
@@ -139,8 +151,8 @@ def _run(given: dict[str, Any], schemes: list[Scheme], device: str, path: Path) 
         models=models,
         notes=notes,
     )
-    if path.exists() and not given["restart"]:
-        report = _continued(report, read(path), path)
+    if earlier is not None:
+        report = _continued(report, earlier, path)
     if given["end_to_end"]:
         return _end_to_end(given, configs, schemes, backends, device, report, path, deadline)
     if report.ceilings is None:
@@ -255,9 +267,13 @@ def read(path: Path) -> Report:
     """
     try:
         return Report.model_validate_json(path.read_text())
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise DataError(
-            f"Cannot read the kernel report {path}: {first_line(error)}. Run `qbench bench` first, or with --restart."
+            f"Cannot read the kernel report {path}: {error.strerror}. Run `qbench bench` first."
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{path} is no kernel report, or a damaged one. Choose another --output, or overwrite it with --restart."
         ) from error
 
 

@@ -59,7 +59,7 @@ def _show_method(name: str, method: Any, origin: str) -> None:
         _paragraph(line, 2)
     click.echo("\nOptions" if method.model_fields else "\nNo options.")
     for option, field in method.model_fields.items():
-        default = "required" if field.default is PydanticUndefined else f"default {_value(field.default)}"
+        default = "required" if field.default is PydanticUndefined else f"default {_default(field)}"
         click.echo(f"  {click.style(option, bold=True)}  {type_name(field.annotation)}, {default}")
         _paragraph(field.description or "", 6)
     presets = method.presets() if hasattr(method, "presets") else {}
@@ -71,14 +71,12 @@ def _show_method(name: str, method: Any, origin: str) -> None:
         click.echo(f"\nSet one: qbench run --method {name} --set {next(iter(method.model_fields))}=VALUE")
 
 
-def _value(default: Any) -> str:
-    return (
-        "by preset"
-        if default is None
-        else str(default).lower()
-        if isinstance(default, bool)
-        else str(default)
-    )
+def _default(field: Any) -> str:
+    if field.default is None:
+        return "by preset" if "Preset" in (field.description or "") else "none"
+    if isinstance(field.default, tuple):
+        return f"[{', '.join(map(str, field.default))}]"
+    return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
 
 
 def type_name(annotation: Any) -> str:
@@ -87,6 +85,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(type_name(kind) for kind in get_args(annotation) if kind is not type(None))
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is tuple:
+        return f"[{type_name(get_args(annotation)[0])}, …]"
     if get_origin(annotation) is None and isinstance(annotation, type):
         return annotation.__name__
     return str(annotation).replace("typing.", "")

@@ -8,6 +8,7 @@ import click
 
 from qbench.cli.options import CONFIG_OPTIONS, Command, config_option, file_option, fill, format_option, put
 from qbench.config import ScoreConfig, read_mapping, validated
+from qbench.errors import ConfigError
 
 OPTIONS: dict[str, list[tuple[str, str]]] = {
     "Model": [
@@ -16,7 +17,10 @@ OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--dtype", "compute.model_dtype"),
         ("--fidelity-to --base", "fidelity_to"),
     ],
-    "Evaluation": [*CONFIG_OPTIONS["Evaluation"], ("--seqlen --seq-len", "evals.seq_len")],
+    "Evaluation": [
+        ("--seqlen --seq-len --eval-seqlen", path) if path == "evals.seq_len" else (flags, path)
+        for flags, path in CONFIG_OPTIONS["Evaluation"]
+    ],
     "Computation": [("--device", "compute.device"), ("--threads", "compute.threads")],
     "Output": [("--output -o --output-dir", "output"), ("--restart", "restart")],
 }
@@ -35,6 +39,10 @@ def _eval(model: str | None, config: str | None, format_: str, **given: Any) -> 
     fill(request, given, (path for rows in OPTIONS.values() for _, path in rows))
     if request.get("fidelity_to") and not given["evals__generate"]:
         put(request, "evals.fidelity", True)
+    if "model" not in request:
+        raise ConfigError(
+            "No model to measure: give a folder, a hub name or an embedded model, or --config FILE."
+        )
     resolved = validated(ScoreConfig, request, "the evaluation's configuration")
 
     from qbench import scoring

@@ -15,7 +15,12 @@ GIB = 1 << 30
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.option(
-    "--format", "formats", type=click.Choice(FORMATS), multiple=True, required=True, help="Repeatable."
+    "--format",
+    "formats",
+    type=click.Choice(FORMATS),
+    multiple=True,
+    required=True,
+    help="Form of the folder; repeatable.",
 )
 @click.option("--row", help="Beginning of the row's id, where RUN holds several.")
 @click.option("--method", help="The row's method.")
@@ -29,7 +34,13 @@ GIB = 1 << 30
     help="Also try the folder in a runtime of another environment: transformers, gptqmodel or auto-gptq, and a Python "
     "executable that has it; repeatable. Those installed here are tried anyway.",
 )
-@click.option("--max-shard-gib", type=click.FloatRange(min=0, min_open=True), default=4.5, show_default=True)
+@click.option(
+    "--max-shard-gib",
+    type=click.FloatRange(min=0, min_open=True),
+    default=4.5,
+    show_default=True,
+    help="Largest file of weights.",
+)
 def export(
     run: str,
     formats: tuple[str, ...],

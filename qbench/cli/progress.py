@@ -27,11 +27,19 @@ EVALUATION_EVERY_S = 10.0  # plain lines of a long evaluation, at most one in th
 def listening(stream: TextIO | None = None) -> Iterator[Listener]:
     """A listener for a run: live if the stream is a terminal; the terminal is left clean also after an error."""
     stream = sys.stderr if stream is None else stream
+    without_loading_bars()
     if stream.isatty():
         with LiveProgress(stream) as live:
             yield live
     else:
         yield PlainProgress(stream)
+
+
+def without_loading_bars() -> None:
+    """Keep transformers' bars for reading weights out of logs and of our own display; downloads keep theirs."""
+    from transformers.utils import logging
+
+    logging._tqdm_active = False  # the public switch would also hide downloads
 
 
 @dataclass

@@ -70,7 +70,7 @@ def require_replaceable(target: Path, row_id: str | None = None) -> None:
     Raises:
         ConfigError: Names the folder.
     """
-    require_writable(target.parent, "the export's folder")
+    require_writable(target.parent)
     if row_id is not None and (target / RECORD).exists():
         held = json.loads((target / RECORD).read_text())["qbench"]["id"]
         if held != row_id:

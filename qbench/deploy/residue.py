@@ -34,18 +34,26 @@ def switches(loaded: LoadedModel, states: Sequence[BlockTensors]) -> list[str]:
 
 
 def obstacle(loaded: LoadedModel, states: Sequence[BlockTensors]) -> str | None:
-    """What plain transformers cannot represent, with the option to change."""
+    """Everything that plain transformers cannot represent, with the options to change."""
+    left, options = [], []
     if any(matrix is not None for t in states for matrix in t.norm_matrix.values()):
-        return "full matrices remain after the norms at run time (--no-use-ln-matrix folds everything)"
+        left.append("full matrices remain after the norms at run time")
+        options.append("--no-use-ln-matrix")
     if not loaded.spec.norm_bias and any(bias is not None for t in states for bias in t.norm_bias.values()):
-        return "shifts leave a bias behind each RMSNorm (--no-shift folds everything)"
+        left.append("shifts leave a bias behind each RMSNorm")
+        options.append("--no-shift")
     allowed = {
         role for roles in loaded.architecture.bias_options.values() for role in roles
     } | loaded.spec.biased
     extra = sorted({r for t in states for r, b in t.bias.items() if b is not None} - allowed)
     if extra:
-        return f"{loaded.architecture.name} has no bias on {', '.join(extra)} (--no-shift folds everything)"
-    return None
+        left.append(f"{loaded.architecture.name} has no bias on {', '.join(extra)}")
+        options.append("--no-shift")
+    if not left:
+        return None
+    options = list(dict.fromkeys(options))
+    verb = "folds" if len(options) == 1 else "fold"
+    return f"{', '.join(left)} ({' with '.join(options)} {verb} everything)"
 
 
 def rehearse(loaded: LoadedModel, lane: Lane) -> BlockState | None:

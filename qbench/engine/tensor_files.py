@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qbench.errors import ConfigError, DataError, first_line
+from qbench.errors import ConfigError, DataError
 
 
 def load_dictionary(path: str, what: str) -> dict[Any, Any]:
@@ -30,8 +30,8 @@ def load_dictionary(path: str, what: str) -> dict[Any, Any]:
         ) from error
     except OSError as error:
         raise ConfigError(f"Cannot read {what.lower()} {path!r}: {error.strerror}.") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"{what} {path!r} cannot be read: {first_line(error)}.") from error
+    except (RuntimeError, EOFError, ValueError, LookupError) as error:  # its reader on something else
+        raise DataError(f"{what} {path!r} was not written by torch.save, or is damaged.") from error
     if not isinstance(data, dict) or not data:
         raise DataError(f"{what} {path!r} is no dictionary of tensors.")
     return data

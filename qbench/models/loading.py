@@ -259,10 +259,14 @@ def load_model(
         apply_extra_biases(model, architecture, unexpected, source.location, revision)
     model = model.eval().requires_grad_(False)
     model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
+    _require_finite(model, name)
+    return source.described(model, tokenizer, architecture, packed)
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise DataError(f"Model {name!r} has weights that are not finite (first: {parameter_name}).")
-    return source.described(model, tokenizer, architecture, packed)
 
 
 def _quant_method(quantization: Any) -> str | None:
@@ -331,6 +335,7 @@ def load_as_is(
     model = model.eval().requires_grad_(False)
     if quantization is None:
         model = model.to(choose_dtype(dtype, sum(p.numel() for p in model.parameters()), on_gpu))
+        _require_finite(model, name)
     elif not isinstance(quantization, dict):
         quantization = quantization.to_dict()
     text = config.get_text_config()

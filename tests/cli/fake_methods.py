@@ -21,7 +21,8 @@ class Omni(RTN):
     paper: ClassVar[str] = "https://arxiv.org/abs/2308.13137"
     let: bool = Field(True, description="Learn the transformation.")
     lwc: bool = Field(True, description="Learn clipping.")
-    epochs: int | None = Field(None, ge=1, description="Passes over the windows.")
+    epochs: int | None = Field(None, ge=1, description="Passes over the windows. Preset: 20.")
+    parameters: str | None = Field(None, description="A file instead of training.")
     query_key: Literal["legal", "published"] = Field("legal", description="Under rotary embedding.")
     sites: tuple[str, ...] = Field(("attn_in", "mlp_in"), description="Where.")
     published_form: ClassVar[dict[str, str]] = {"query_key": "published"}

@@ -156,6 +156,8 @@ def test_generation_with_the_packed_model(tmp_path: Path) -> None:
         (["--end-to-end", "--checkpoint", "nowhere"], "belongs to one --model and one --scheme"),
         (["--end-to-end", "--checkpoint", "nowhere", "--scheme", "W4A16"], "no checkpoint folder"),
         (["--render"], "Cannot read the kernel report"),
+        (["--scheme", "W4A16g100"], "does not divide the input width of 256×256 (256), 640×256 (256), 256×640 (640)"),
+        (["--slow-seconds", "-1"], "-1.0 is not in the range x>0"),
     ],
     ids=[
         "backend",
@@ -171,12 +173,34 @@ def test_generation_with_the_packed_model(tmp_path: Path) -> None:
         "two schemes",
         "checkpoint",
         "nothing to render",
+        "group, no method",
+        "slow",
     ],
-)
+)  # fmt: skip
 def test_refusals_are_one_sentence(arguments: list[str], words: str, tmp_path: Path) -> None:
     text = invoke(*arguments, "--device", "cpu", "-o", str(tmp_path / "bench.json"), code=2)
     assert words in text
     assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.mark.parametrize("restart", [[], ["--restart"]], ids=["again", "restart"])
+def test_an_output_that_can_hold_no_report_is_refused_before_any_work(
+    tmp_path: Path, restart: list[str]
+) -> None:
+    text = invoke("-o", str(tmp_path), *restart, code=2)
+    assert "is a folder. Name a file" in text
+    (tmp_path / "notes.txt").write_text("mine")
+    if not restart:
+        assert "is no kernel report" in invoke("-o", str(tmp_path / "notes.txt"), code=2)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_limit_too_short_for_the_machines_rates_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # with the machine's rates
+    text = invoke("--slow-seconds", "1e-9", "--device", "cpu", "-o", str(tmp_path / "b.json"), code=2)
+    assert "rates cannot be measured in --slow-seconds 1e-09" in text
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

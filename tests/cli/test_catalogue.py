@@ -19,7 +19,8 @@ def test_methods_lists_names_summaries_and_papers(qbench_cli) -> None:
 def test_one_method_shows_every_option_and_preset(qbench_cli) -> None:
     text = qbench_cli("methods", "omniquant").stdout
     assert "let  bool, default true" in text and "Learn the transformation." in text
-    assert "epochs  int, default by preset" in text
+    assert "epochs  int, default by preset" in text and "parameters  str, default none" in text
+    assert "sites  [str, …], default [attn_in, mlp_in]" in text
     assert "query_key  legal | published, default legal" in text
     assert "W4A4: let, lwc, 20 epochs" in text
     assert "--set let=VALUE" in text
@@ -98,4 +99,5 @@ def test_types_as_a_user_writes_them() -> None:
     assert type_name(float | None) == "float"
     assert type_name(Optional[bool]) == "bool"  # noqa: UP045  the older spelling is the case
     assert type_name(Literal["a", "b"] | None) == "a | b"
-    assert type_name(tuple[str, ...]) == "tuple[str, ...]"
+    assert type_name(tuple[str, ...]) == "[str, …]"
+    assert type_name(tuple[Literal["a", "b"], ...]) == "[a | b, …]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -108,8 +109,33 @@ def test_what_no_format_holds_is_refused_before_calibration(here) -> None:
         *arguments, "--method", "affinequant", "--scheme", "W4A16g16", "--export", "gptq"
     )
     assert code == 2 and out == ""
-    assert "full matrices remain after the norms at run time (--no-use-ln-matrix" in errors
+    assert "full matrices remain after the norms at run time" in errors
     assert not results.exists()
+
+
+def test_what_the_refusal_advises_is_enough(here) -> None:
+    arguments, _ = here
+    request = [
+        *arguments,
+        "--method",
+        "affinequant",
+        "--scheme",
+        "W4A16g16",
+        "--epochs",
+        1,
+        "--export",
+        "gptq",
+    ]
+    code, _, errors = qbench(*request)
+    options = re.findall(r"--no-[a-z-]+", errors)
+    assert code == 2 and options
+    code, _, errors = qbench(*request, *options)
+    assert code == 0, errors
+
+
+def test_a_folder_without_rows_is_refused(tmp_path) -> None:
+    code, _, errors = qbench("export", tmp_path, "--format", "gptq")
+    assert code == 2 and "holds no quantized row" in errors
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,13 @@ def test_without_arguments_it_prints_help(qbench_cli) -> None:
         (["run", "--format", "html"], "Error: Invalid value for '--format'"),
         (["compare"], "Error: Missing argument 'DIR|FILE|ROW...'."),
         (["compare", "nowhere"], "Error: There is no results folder 'nowhere', no such file"),
+        (["export", "results"], "Error: Missing option '--format'. Choose from: gptq, compressed-tensors, awq"),
+        (["run", "--config", ""], "Error: The argument after --config is empty. Write its value, or leave it out."),
+        (["export", "results", "--format", "gptq", "-o", ""], "Error: The argument after -o is empty."),
+        (["eval"], "Error: No model to measure: give a folder, a hub name or an embedded model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+)  # fmt: skip
 def test_a_mistake_is_one_sentence_on_stderr_and_exit_2(
     qbench_cli, arguments: list[str], message: str
 ) -> None:

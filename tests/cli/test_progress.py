@@ -214,3 +214,12 @@ def test_memory_without_psutil(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     assert re.fullmatch(r"\d+\.\d GiB", memory_text().partition(",")[0])
     assert float(memory_text().split()[0]) >= float(with_psutil.split()[0]) - 0.1
+
+
+def test_reading_weights_draws_no_bars(tmp_path, build_tiny, capfd) -> None:
+    from transformers import AutoModelForCausalLM
+
+    build_tiny("llama").save_pretrained(tmp_path / "model")
+    with listening(io.StringIO()):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert "Loading weights" not in capfd.readouterr().err

@@ -103,6 +103,9 @@ def test_a_file_that_does_not_fit_is_refused(tiny_opt, tokens, tmp_path, change,
     with pytest.raises(DataError, match=word) as refusal:
         read_channels(str(scales), spec_of(tiny_opt), PATHS["opt"])
     assert "tiny.pt" in str(refusal.value)
+    scales.write_text("hi")
+    with pytest.raises(DataError, match=r"was not written by torch\.save, or is damaged"):
+        read_channels(str(scales), spec_of(tiny_opt), PATHS["opt"])
     with pytest.raises(ConfigError, match="Cannot read channel file"):
         read_channels(str(tmp_path / "absent.pt"), spec_of(tiny_opt), PATHS["opt"])
 
