@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -44,6 +45,7 @@ class Verdict:
 
     Attributes:
         contract: Fields of the contract that differ, with the stored value and this machine's.
+        options: Of the method, presets and contents of files included, that are not what they were.
         codes: Whether all integers are equal; None where the record does not tell.
         environment: Versions and hardware that differ.
     """
@@ -51,14 +53,17 @@ class Verdict:
     row: Result
     again: Result
     contract: Mapping[str, list[Any]]
+    options: Mapping[str, list[Any]]
     codes: bool | None
     metrics: list[MetricCheck]
     environment: Mapping[str, list[Any]]
 
     @property
     def agrees(self) -> bool:
-        """Whether the row stands: the same contract, and no measurement that differs."""
-        return not self.contract and all(check.verdict != "differs" for check in self.metrics)
+        """Whether the row stands: the same contract and options, and no measurement that differs."""
+        return not (self.contract or self.options) and all(
+            check.verdict != "differs" for check in self.metrics
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -67,6 +72,7 @@ class Verdict:
             "again": self.again.id,
             "agrees": self.agrees,
             "contract": dict(self.contract),
+            "options": dict(self.options),
             "codes": self.codes,
             "metrics": [asdict(check) for check in self.metrics],
             "environment": dict(self.environment),
@@ -153,7 +159,19 @@ def compare_rows(row: Result, again: Result) -> Verdict:
     codes = None if row.codes is None or again.codes is None else row.codes == again.codes
     then, now = _environment(row), _environment(again)
     environment = {k: [then.get(k), now.get(k)] for k in {**then, **now} if then.get(k) != now.get(k)}
-    return Verdict(row, again, fields, codes, [_check(key, row, again) for key in row.metrics], environment)
+    options = {
+        name: [value, again.options[name]]
+        for name, value in row.options.items()
+        if name in again.options and _content(value) != _content(again.options[name])
+    }
+    checks = [_check(key, row, again) for key in row.metrics]
+    return Verdict(row, again, fields, options, codes, checks, environment)
+
+
+def _content(option: Any) -> Any:
+    """What an option means: of a file, written PATH#FINGERPRINT, wherever it lies, its fingerprint."""
+    file = re.fullmatch(r".*#([0-9a-f]{16})", option, re.DOTALL) if isinstance(option, str) else None
+    return file[1] if file else option
 
 
 def without_times(row: Result) -> dict[str, Any]:

@@ -56,6 +56,17 @@ def test_another_model_in_the_same_place_is_another_contract(here) -> None:
     assert not verdict.agrees and list(verdict.contract) == ["model"] and not verdict.codes
 
 
+def test_options_that_mean_something_else_now_are_another_row() -> None:
+    """A parameter file is what its content is, not where it lies; an option of later code is no change."""
+    then = make_result("own", options={"parameters": f"a/p.pth#{'0' * 16}", "epochs": 20})
+    moved = make_result("own", options={"parameters": f"b/p.pth#{'0' * 16}", "epochs": 20, "new": 1})
+    other = make_result("own", options={"parameters": f"a/p.pth#{'1' * 16}", "epochs": 40})
+    assert compare_rows(then, moved).agrees and not compare_rows(then, moved).options
+    verdict = compare_rows(then, other)
+    assert not verdict.agrees and list(verdict.options) == ["parameters", "epochs"]
+    assert verdict.as_json()["options"]["epochs"] == [20, 40]
+
+
 def test_inputs_may_lie_elsewhere(here) -> None:
     row = here.run()[1]
     moved = here.folder / "moved"

@@ -64,6 +64,8 @@ def _show(verdict: Any) -> None:
             click.echo(f"  {name}: {then} then, {now} now")
     else:
         click.echo("contract: the same")
+    for name, (then, now) in verdict.options.items():
+        click.echo(f"option {name}: {then} then, {now} now")
     codes = {True: "all equal", False: "differ", None: "not in the record"}[verdict.codes]
     click.echo("integers: " + ("none, full precision" if row.is_baseline else codes))
     for check in verdict.metrics:
