@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -23,8 +23,10 @@ from qbench.config import (
     ComputeConfig,
     EvalConfig,
     MethodRequest,
+    Name,
     QuantizerConfig,
     RunConfig,
+    Schemes,
     read_mapping,
     validated,
 )
@@ -32,7 +34,6 @@ from qbench.errors import ConfigError
 from qbench.scheme import Scheme
 
 SECTIONS = ("calibration", "evals", "compute", "quantizer")
-Name = Annotated[str, Field(min_length=1)]
 
 
 class _Frozen(BaseModel):
@@ -89,7 +90,7 @@ class ExecutorConfig(_Frozen):
         None, ge=1, description="Groups of cells computed at once. Default: one per GPU, else one."
     )
     address: str | None = Field(
-        None, description="ray: a cluster's address, or auto. Default: one is started on this machine."
+        None, description="ray: a cluster's address, or auto. Default: RAY_ADDRESS, else one is started here."
     )
     cpus: float | None = Field(None, gt=0, description="ray: CPUs per worker. Default: this machine's share.")
     gpus: float | None = Field(
@@ -104,7 +105,7 @@ class SweepConfig(_Frozen):
 
     models: list[ModelRequest] = Field([ModelRequest(name="tiny-llama")], min_length=1)
     methods: list[MethodRequest] = Field([], description="Methods of the grid.")
-    schemes: list[str] = Field([], description="Schemes of the grid.")
+    schemes: Schemes = Field([], description="Schemes of the grid.")
     seeds: list[int] = Field(
         [], description="Calibration seeds; a number N stands for seed, seed + 1, … N of them."
     )
@@ -137,11 +138,6 @@ class SweepConfig(_Frozen):
                 raise ValueError(f"seeds={data['seeds']}: at least one is needed")
             data["seeds"] = list(range(first, first + data["seeds"]))
         return data
-
-    @field_validator("schemes")
-    @classmethod
-    def _canonical_schemes(cls, schemes: list[str]) -> list[str]:
-        return list(dict.fromkeys(str(Scheme.parse(scheme)) for scheme in schemes))
 
     @model_validator(mode="after")
     def _some_cell(self) -> SweepConfig:

@@ -198,6 +198,6 @@ def _contract_fields(
             "attention": f"q, k, v {settings.attention_granularity}; softmax not quantized",
             "zero_in_range": settings.zero_in_range,
         },
-        "arithmetic": str(settings.autocast or torch.float32).removeprefix("torch."),
+        "arithmetic": settings.arithmetic,
         "inputs_of_later_blocks": "quantized path",
     }

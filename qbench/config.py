@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from qbench.errors import ConfigError, suggest
@@ -26,6 +34,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # Where a run's files lie and whether it starts over changes no number: these stay out of the hash.
 PLACES = {"output", "save_dir", "export", "save_act_scales", "resume", "restart"}
+
+
+def _canonical(schemes: list[str]) -> list[str]:
+    return list(dict.fromkeys(str(Scheme.parse(scheme)) for scheme in schemes))
+
+
+Schemes = Annotated[list[str], AfterValidator(_canonical)]  # each once, as `Scheme` writes it
 
 
 class _Section(BaseModel):
@@ -176,7 +191,7 @@ class RunConfig(_Section):
     methods: list[MethodRequest] = Field(
         [MethodRequest(name="affinequant")], min_length=1, description="Methods to compare; repeatable."
     )
-    schemes: list[str] = Field(
+    schemes: Schemes = Field(
         ["W4A4"], min_length=1, description="Bit widths such as W4A16g128 or W4A4; repeatable."
     )
     calibration: CalibrationConfig = CalibrationConfig()
@@ -217,11 +232,6 @@ class RunConfig(_Section):
     @classmethod
     def _once_each(cls, methods: list[MethodRequest]) -> list[MethodRequest]:
         return [request for i, request in enumerate(methods) if request not in methods[:i]]
-
-    @field_validator("schemes")
-    @classmethod
-    def _canonical_schemes(cls, schemes: list[str]) -> list[str]:
-        return list(dict.fromkeys(str(Scheme.parse(scheme)) for scheme in schemes))
 
     @model_validator(mode="after")
     def _resume_or_restart(self) -> Self:

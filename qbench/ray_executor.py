@@ -16,6 +16,68 @@ from qbench.errors import ConfigError, first_line
 from qbench.executors import PACKAGE_ROOT, Event, Job
 
 LOOK_S = 0.1  # between looks at what Ray has
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
+def cluster_address(config: ExecutorConfig) -> str | None:
+    """Of the cluster that is asked for, here or in RAY_ADDRESS; None where one is to be started on this machine."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
+
+
+def connect(ray: Any, config: ExecutorConfig) -> None:
+    """Connect to the cluster that is asked for, or start one on this machine.
+
+    Raises:
+        ConfigError: If there is none at the address that was given, or none can be started.
+    """
+    address = cluster_address(config)
+    try:
+        if address is not None:
+            ray.init(address=address, **QUIET)
+        else:  # "local": without it Ray would take any cluster that was last started here, and refuse a number of CPUs
+            count = int((config.cpus or 1) * config.workers) if config.workers else None
+            ray.init(address="local", num_cpus=count, include_dashboard=False, **QUIET)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"executor ray: no cluster at {address or 'this machine'}: {first_line(error)}. "
+            "Start one with `ray start --head`, or leave the address out."
+        ) from None
+
+
+def share(config: ExecutorConfig, resources: Mapping[str, float]) -> tuple[int, float, float]:
+    """Workers at once, and the CPUs and GPUs of each, for a cluster that has these resources."""
+    gpus = config.gpus if config.gpus is not None else min(1.0, resources.get("GPU", 0.0))
+    total = max(1.0, resources.get("CPU", 1.0))
+    by_gpu = int(resources.get("GPU", 0.0) / gpus) if gpus else 0
+    by_cpu = int(total / config.cpus) if config.cpus else 0
+    workers = config.workers or by_gpu or by_cpu or 1
+    return workers, config.cpus or max(1.0, total // workers), gpus
+
+
+def count_workers(config: ExecutorConfig, here: Mapping[str, float]) -> tuple[int, str]:
+    """Workers that a sweep would have at once, and a sentence on whose resources that was counted by.
+
+    Args:
+        config: Without a number of workers.
+        here: Resources of this machine, which count where there is no cluster to ask.
+
+    Raises:
+        ConfigError: If there is no cluster at the address that was given.
+    """
+    resources, owner = here, "this machine, on which a sweep would start Ray"
+    if (address := cluster_address(config)) is not None:
+        try:
+            import ray
+        except ImportError:
+            owner = f"this machine, not of {address}: the package ray is not installed here"
+        else:
+            connect(ray, config)
+            resources, owner = ray.cluster_resources(), f"the Ray cluster at {address}"
+            ray.shutdown()  # of our connection: the cluster goes on
+    workers = share(config, resources)[0]
+    found = ", ".join(f"{name} {resources.get(name, 0.0):g}" for name in ("GPU", "CPU"))
+    return workers, f"{workers} at a time by the resources of {owner} ({found})"
 
 
 def _work(job: Mapping[str, Any], events: Any) -> None:
@@ -43,14 +105,8 @@ class RayExecutor:
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:
-            self._connect(config)
-        resources = ray.cluster_resources()
-        gpus = config.gpus if config.gpus is not None else min(1.0, resources.get("GPU", 0.0))
-        total = max(1.0, resources.get("CPU", 1.0))
-        by_gpu = int(resources.get("GPU", 0.0) / gpus) if gpus else 0
-        by_cpu = int(total / config.cpus) if config.cpus else 0
-        self.slots = config.workers or by_gpu or by_cpu or 1
-        cpus = config.cpus or max(1.0, total // self.slots)
+            connect(ray, config)
+        self.slots, cpus, gpus = share(config, ray.cluster_resources())
         self._options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": config.retries}
         if config.memory_gib is not None:
             self._options["memory"] = int(config.memory_gib * 2**30)
@@ -61,20 +117,6 @@ class RayExecutor:
             variables["OMP_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
         self._options["runtime_env"] = {"env_vars": variables}
         self._running: dict[Job, tuple[Any, Any]] = {}
-
-    def _connect(self, config: ExecutorConfig) -> None:
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-        try:
-            if config.address is not None:
-                self._ray.init(address=config.address, **common)
-            else:
-                count = int((config.cpus or 1) * config.workers) if config.workers else None
-                self._ray.init(num_cpus=count, include_dashboard=False, **common)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"executor ray: no cluster at {config.address or 'this machine'}: {first_line(error)}. "
-                "Start one with `ray start --head`, or leave the address out."
-            ) from None
 
     def start(self, job: Job) -> None:
         """See `Executor`."""

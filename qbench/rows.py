@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qbench import provenance
 from qbench.circumstances import Circumstances
 from qbench.config import PLACES, MethodRequest, RunConfig
@@ -156,8 +154,7 @@ def measure(common: Circumstances, lane: Lane, cell: PassCell, result: LaneResul
     notes = [*said, *result.notes, *common.notes]
     trained = any(record.losses for record in result.records)
     if trained and (settings.device.type == "cuda" or settings.autocast is not None):
-        arithmetic = str(settings.autocast or torch.float32).removeprefix("torch.")
-        notes.append(f"blocks fitted with {arithmetic} products")
+        notes.append(f"blocks fitted with {settings.arithmetic} products")
     extra_bits = sum(t.stored_bits for block in result.transforms for t in block)
     n_weights = loaded.spec.n_weights * len(result)
     cost = Cost(

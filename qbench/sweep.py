@@ -8,6 +8,7 @@ command is given again.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -141,6 +142,19 @@ def places(config: ExecutorConfig, cells: Sequence[Cell]) -> tuple[list[str], in
     return devices, config.workers or max(1, len(devices))
 
 
+def workers(config: ExecutorConfig, cells: Sequence[Cell]) -> tuple[int, str | None]:
+    """Groups of cells that a sweep computes at once; and, if a cluster was to be counted, what was.
+
+    Raises:
+        ConfigError: If there is no cluster at the address that was given.
+    """
+    if config.kind == "ray" and config.workers is None:
+        from qbench.ray_executor import count_workers
+
+        return count_workers(config, {"GPU": len(visible_gpus()), "CPU": os.cpu_count() or 1})
+    return places(config, cells)[1], None
+
+
 def checked(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
     """The executor of a sweep that has passed `check`; this machine's workers import their code meanwhile.
 
@@ -163,8 +177,6 @@ def checked(config: ExecutorConfig, cells: Sequence[Cell]) -> Executor:
 
 def visible_gpus() -> list[str]:
     """Numbers of the CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import os
-
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

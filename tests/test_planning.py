@@ -191,6 +191,9 @@ def test_the_command_line_prints_and_refuses(here, monkeypatch) -> None:
         "rtn W4A4" in result.stdout and "1m30s" in result.stdout.replace(" ", "") and "3 MiB" in result.stdout
     )
     assert "1 pass, 1 at a time: 2m02s, peak memory 2.00 GiB, disk 3 MiB" in result.stdout
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    result = CliRunner().invoke(main, [*map(str, arguments), "--executor", "ray"])
+    assert "at a time by the resources of this machine, on which a sweep would start Ray" in result.stdout
     problems.append("needs 2.0 GiB of memory, 1.0 GiB are free. Use fewer.")
     result = CliRunner().invoke(main, [*map(str, arguments)])
     assert result.exit_code == 2 and "Error: tiny: needs 2.0 GiB of memory" in result.stderr

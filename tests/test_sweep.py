@@ -11,14 +11,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
 from click.testing import CliRunner
 
+from qbench import ray_executor
 from qbench import sweep as sweeps
 from qbench.cells import Cell, ExecutorConfig, expand, read_sweep
 from qbench.cli import main
@@ -245,6 +247,127 @@ def test_ray_is_asked_for_and_not_there(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"Install qbench\[ray\], or use --executor local"):
         sweeps.make_executor(ExecutorConfig(kind="ray"), [])
+
+
+class FakeRay(ModuleType):
+    """What a plan and the executor ask of Ray, with clusters at some addresses."""
+
+    def __init__(self, running: Mapping[str, dict[str, float]]) -> None:
+        super().__init__("ray")
+        self.running = dict(running)  # resources by address
+        self.connected: str | None = None
+        self.calls: list[dict[str, object]] = []
+
+    def is_initialized(self) -> bool:
+        return self.connected is not None
+
+    def init(self, address: str, num_cpus: int | None = None, **options: object) -> None:
+        self.calls.append({"address": address, "num_cpus": num_cpus})
+        if address == "local":
+            self.running["local"] = {"CPU": float(num_cpus or 12)}
+        elif address not in self.running:
+            raise ConnectionError("Could not find any running Ray instance.\nMore.")
+        elif num_cpus is not None:
+            raise ValueError("When connecting to an existing cluster, num_cpus must not be provided.")
+        self.connected = address
+
+    def cluster_resources(self) -> dict[str, float]:
+        assert self.connected is not None
+        return self.running[self.connected]
+
+    def shutdown(self) -> None:
+        self.connected = None
+
+
+@pytest.fixture
+def fake_ray(monkeypatch) -> Callable[..., FakeRay]:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def install(**running: dict[str, float]) -> FakeRay:
+        monkeypatch.setitem(sys.modules, "ray", made := FakeRay(running))
+        return made
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("settings", "resources", "share"),
+    [
+        ({}, {"CPU": 64.0, "GPU": 8.0}, (8, 8.0, 1.0)),
+        ({"gpus": 2}, {"CPU": 64.0, "GPU": 8.0}, (4, 16.0, 2)),
+        ({"cpus": 4}, {"CPU": 64.0}, (16, 4.0, 0.0)),
+        ({}, {"CPU": 64.0}, (1, 64.0, 0.0)),
+        ({"workers": 3}, {"CPU": 64.0, "GPU": 8.0}, (3, 21.0, 1.0)),
+        ({"workers": 3}, {"CPU": 2.0}, (3, 1.0, 0.0)),
+    ],
+    ids=[
+        "a GPU each",
+        "two GPUs each",
+        "four CPUs each",
+        "CPUs only",
+        "asked for",
+        "fewer CPUs than workers",
+    ],
+)
+def test_what_a_worker_of_a_cluster_gets(settings, resources, share) -> None:
+    assert ray_executor.share(ExecutorConfig(kind="ray", **settings), resources) == share
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "workers", "sentence"),
+    [
+        ("auto", "", 4, "the Ray cluster at auto (GPU 4, CPU 32)"),
+        ("head:1", "auto", 6, "the Ray cluster at head:1 (GPU 6, CPU 24)"),
+        (None, "head:1", 6, "the Ray cluster at head:1 (GPU 6, CPU 24)"),
+        (None, "", 2, "this machine, on which a sweep would start Ray (GPU 2, CPU 3)"),
+        ("local", "head:1", 2, "this machine, on which a sweep would start Ray (GPU 2, CPU 3)"),
+    ],
+    ids=["a cluster here", "a cluster elsewhere", "RAY_ADDRESS", "one to be started", "explicitly so"],
+)
+def test_a_plan_for_ray_counts_the_workers_of_the_cluster_that_a_sweep_would_have(
+    here, fake_ray, monkeypatch, address, variable, workers, sentence
+) -> None:
+    clusters = {"auto": {"GPU": 4.0, "CPU": 32.0}, "head:1": {"GPU": 6.0, "CPU": 24.0}}
+    ray = fake_ray(**clusters)
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr(sweeps, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(sweeps.os, "cpu_count", lambda: 3)
+    config = ExecutorConfig(kind="ray", address=address)
+    said = f"{workers} at a time by the resources of {sentence}"
+    assert sweeps.workers(config, cells_of(here)) == (workers, said)
+    assert not ray.is_initialized() and "local" not in ray.running  # a plan starts none, and leaves none
+    if "the Ray cluster" in sentence:
+        assert sweeps.make_executor(config, []).slots == workers
+        monkeypatch.setitem(sys.modules, "ray", None)
+        counted, said = sweeps.workers(config, cells_of(here))
+        assert counted == 2 and "of this machine, not of" in said and "ray is not installed here" in said
+
+
+def test_a_plan_for_ray_asks_nobody_where_workers_are_given(here, fake_ray) -> None:
+    ray = fake_ray(auto={"GPU": 4.0})
+    assert sweeps.workers(ExecutorConfig(kind="ray", workers=5), cells_of(here)) == (5, None)
+    assert ray.calls == []
+
+
+def test_a_cluster_out_of_reach_is_refused_by_plan_and_sweep_alike(here, fake_ray) -> None:
+    fake_ray()
+    config = ExecutorConfig(kind="ray", address="head:1")
+    message = "no cluster at head:1: Could not find any running Ray instance. Start one"
+    for ask_for in (sweeps.workers, sweeps.make_executor):
+        with pytest.raises(ConfigError, match=message):
+            ask_for(config, cells_of(here))
+
+
+def test_a_cluster_is_started_unless_one_is_asked_for(fake_ray) -> None:
+    """Ray refuses a number of CPUs for a cluster that it did not start; a new one gets as many as are needed."""
+    ray = fake_ray(auto={"CPU": 8.0})
+    executor = sweeps.make_executor(ExecutorConfig(kind="ray", workers=2, address="auto"), [])
+    assert executor.slots == 2 and ray.calls == [{"address": "auto", "num_cpus": None}]
+    ray = fake_ray(auto={"CPU": 8.0})
+    executor = sweeps.make_executor(ExecutorConfig(kind="ray", workers=2, cpus=3), [])
+    assert executor.slots == 2 and ray.calls == [{"address": "local", "num_cpus": 6}]
+    executor.close()
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize(("device", "slots"), [("cpu", 1), ("auto", 3)])

@@ -11,7 +11,9 @@ import click
 from qbench.reports.columns import MISSING, format_seconds
 
 
-def print_plans(plans: Sequence[Any], workers: int, form: str, checked_s: float = 0.0) -> None:
+def print_plans(
+    plans: Sequence[Any], workers: int, form: str, checked_s: float = 0.0, counted: str | None = None
+) -> None:
     """Print plans to stdout, as a table or as JSON.
 
     Args:
@@ -19,11 +21,14 @@ def print_plans(plans: Sequence[Any], workers: int, form: str, checked_s: float 
         workers: How many are computed at once.
         form: `table` or `json`.
         checked_s: What this command took to check the sweep: a sweep takes as long, while its first worker starts.
+        counted: What `workers` was counted by, where that is not plain.
     """
     seconds = max([sum(plan.seconds for plan in plans) / workers, *(plan.seconds for plan in plans)])
     seconds += max(0.0, checked_s - plans[0].import_s)
     total = {
         "seconds": seconds,
+        "workers": workers,
+        "workers_counted_by": counted,
         "cpu_bytes": max(plan.cpu_bytes for plan in plans) * min(workers, len(plans)),
         "checked_s": checked_s,
         "gpu_bytes": max((plan.gpu_bytes or 0 for plan in plans), default=0) or None,
@@ -63,7 +68,7 @@ def print_plans(plans: Sequence[Any], workers: int, form: str, checked_s: float 
         f"peak memory {size(total['cpu_bytes'] or 0)}, disk {size(total['disk_bytes'] or 0)}"
     )
 
-    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
+    for note in dict.fromkeys([*filter(None, [counted]), *(note for plan in plans for note in plan.notes)]):
         click.echo(f"note: {note}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qbench.deploy.formats import codes_fit, outside, stored_zero_points
+from qbench.deploy.formats import codes_fit, outside, stored_zero_points, weights_only
 from qbench.models.base import BlockSpec
 from qbench.quant import packing
 from qbench.quant.uniform import QuantizedWeight
@@ -29,8 +29,8 @@ class AWQFormat:
 
     def refuse(self, scheme: Scheme, spec: BlockSpec, zero_in_range: bool) -> str | None:
         """See `Format`."""
-        if scheme.abits < 16 or scheme.kvbits not in (None, 16):
-            return f"awq has no quantized activations, {scheme} has; use --format compressed-tensors or fake"
+        if (reason := weights_only(scheme, "awq")) is not None:
+            return reason
         odd = [spec.linears[role] for role, (out, _) in spec.shapes.items() if out % 8]
         if odd:
             return (

@@ -71,6 +71,13 @@ def stored_zero_points(scheme: Scheme, zero_in_range: bool, name: str) -> str | 
     )
 
 
+def weights_only(scheme: Scheme, name: str) -> str | None:
+    """Refusal of activations that a format does not quantize."""
+    if scheme.abits >= 16 and scheme.kvbits in (None, 16):
+        return None
+    return f"{name} has no quantized activations, {scheme} has; use --format compressed-tensors or fake"
+
+
 def outside(scheme: Scheme, bits: tuple[int, ...], name: str) -> str | None:
     """Refusal of weight bits that a format does not have."""
     if scheme.wbits in bits:

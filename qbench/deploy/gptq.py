@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qbench.deploy.formats import codes_fit, outside, stored_zero_points
+from qbench.deploy.formats import codes_fit, outside, stored_zero_points, weights_only
 from qbench.models.base import BlockSpec
 from qbench.models.packed import GPTQ_BITS
 from qbench.quant import packing
@@ -44,8 +44,8 @@ class GPTQFormat:
 
     def refuse(self, scheme: Scheme, spec: BlockSpec, zero_in_range: bool) -> str | None:
         """See `Format`."""
-        if scheme.abits < 16 or scheme.kvbits not in (None, 16):
-            return f"gptq has no quantized activations, {scheme} has; use --format compressed-tensors or fake"
+        if (reason := weights_only(scheme, "gptq")) is not None:
+            return reason
         odd = [spec.linears[r] for r, shape in spec.shapes.items() if any(size % MULTIPLE for size in shape)]
         if odd:
             widths = f"gptq needs widths that are multiples of {MULTIPLE}"

@@ -67,6 +67,27 @@ class HiddenStates:
         return HiddenStates(self.shape, self.device, self.placement, self._data.dtype, folder)
 
 
+class RelativeError:
+    """mean((found − target)²) / mean(target²) over all windows, gathered batch by batch in float64."""
+
+    def __init__(self, target: HiddenStates):
+        """Begin with no window."""
+        self.target = target
+        self._sums = torch.zeros(2, dtype=torch.float64, device=target.device)
+
+    def add(self, start: int, found: Tensor) -> None:
+        """Take windows beginning at `start`."""
+        goal = self.target.read(start, start + found.shape[0])
+        self._sums[0] += (found - goal).square().sum(dtype=torch.float64)
+        self._sums[1] += goal.square().sum(dtype=torch.float64)
+
+    @property
+    def value(self) -> float:
+        """0 where the target is."""
+        error, energy = self._sums.tolist()
+        return error / energy if energy else 0.0
+
+
 def choose_placement(n_bytes: int, device: torch.device, folder: Path | None = None) -> Placement:
     """Where `n_bytes` of hidden states fit, leaving half of each memory free; decided before anything is allocated.
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from qbench.engine.activations import ActivationStats
-from qbench.engine.hidden import HiddenStates
+from qbench.engine.hidden import HiddenStates, RelativeError
 from qbench.engine.lane import Lane
 from qbench.engine.optimize import FitReport, Windows, fit
 from qbench.engine.plan import BlockPlan, BlockView, CalibratedRounding, LearnedRounding, Rounded
@@ -73,16 +72,13 @@ class LaneBlock:
         """Complete a record: error on full-precision inputs (local), and of the whole path so far (accumulated)."""
         assert state.record is not None
         used = stream.in_bfloat16() if FELL_BACK in state.record.extras else stream
-        sums = torch.zeros(2, dtype=torch.float64, device=stream.settings.device)
+        accumulated = RelativeError(self.fp_outputs)
         for i in range(len(outputs)):
-            goal = self.fp_outputs.read(i, i + 1)
-            sums[0] += (outputs.read(i, i + 1) - goal).square().sum(dtype=torch.float64)
-            sums[1] += goal.square().sum(dtype=torch.float64)
-        error, energy = sums.tolist()
+            accumulated.add(i, outputs.read(i, i + 1))
         state.record = state.record.model_copy(
             update={
                 "local_error": used.relative_error(self.prepared, used.inputs, self.fp_outputs),
-                "accumulated_error": error / energy if energy else 0.0,
+                "accumulated_error": accumulated.value,
                 "seconds": time.perf_counter() - started,
             }
         )
@@ -99,9 +95,9 @@ class LaneBlock:
         self._operands(stream)
         outputs = stream.forward(self.prepared, self.q_inputs)
         if not outputs.all_finite():
-            arithmetic = str(stream.settings.autocast or torch.float32).removeprefix("torch.")
             raise NumericalError(
-                f"the quantized block's outputs are not finite in {arithmetic}. Try --autocast bfloat16 or float32."
+                f"the quantized block's outputs are not finite in {stream.settings.arithmetic}. "
+                "Try --autocast bfloat16 or float32."
             )
         return outputs
 

@@ -47,6 +47,11 @@ class EngineSettings:
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
+    @property
+    def arithmetic(self) -> str:
+        """Type of the products in a block, in words."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
+
     def forward_batch(self, seq_len: int) -> int:
         """Windows per forward pass where no gradient is kept: about 2k tokens on a CPU, 16k on a GPU."""
         tokens = 16384 if self.device.type == "cuda" else 2048

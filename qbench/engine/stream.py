@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qbench.engine import attention
 from qbench.engine.capture import block_inputs, move, reaching
-from qbench.engine.hidden import HiddenStates, choose_placement
+from qbench.engine.hidden import HiddenStates, RelativeError, choose_placement
 from qbench.engine.prepare import PreparedBlock
 from qbench.engine.settings import EngineSettings
 from qbench.errors import NumericalError
@@ -147,13 +147,6 @@ class Stream:
 
     def relative_error(self, block: PreparedBlock, inputs: HiddenStates, target: HiddenStates) -> float:
         """MSE(block(inputs), target) / mean(target²)."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.settings.device)
-
-        def accumulate(start: int, out: Tensor) -> None:
-            goal = target.read(start, start + out.shape[0])
-            sums[0] += (out - goal).square().sum(dtype=torch.float64)
-            sums[1] += goal.square().sum(dtype=torch.float64)
-
-        self.each(block, inputs, accumulate)
-        error, energy = sums.tolist()
-        return error / energy if energy else 0.0
+        error = RelativeError(target)
+        self.each(block, inputs, error.add)
+        return error.value

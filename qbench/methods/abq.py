@@ -24,7 +24,7 @@ from qbench.engine.losses import (
 )
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
 from qbench.errors import UnsupportedSchemeError
-from qbench.methods.base import Method
+from qbench.methods.base import Method, query_key_notes
 from qbench.models.base import BlockSpec
 from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
@@ -118,12 +118,7 @@ class ABQ(Method):
 
     def notes(self, scheme: Scheme, spec: BlockSpec) -> list[str]:
         """See `Method`."""
-        notes = []
-        at_query_key = self.let and "query_key" in {*self.sites} & {*spec.sites}
-        if at_query_key and self.query_key == "published" and spec.rope:
-            notes.append(
-                "query_key transform in its published form, which does not preserve the function under RoPE"
-            )
+        notes = query_key_notes(self.let and self.query_key == "published", spec, self.sites)
         if self.bit_balance:
             notes.append("W2*: five levels, stored as three codes in 7 bits and counted so")
         return notes

@@ -18,7 +18,7 @@ from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
 from qbench.errors import ConfigError
 from qbench.methods import authors
-from qbench.methods.base import Method
+from qbench.methods.base import Method, query_key_notes
 from qbench.models.base import BlockSpec, Site
 from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
@@ -144,11 +144,7 @@ class AffineQuant(Method):
             matrices = authors.has_matrices(self.parameters)
             factor = f" (stability factor {self.sf})" if matrices else ""
             return [f"parameters read from {self.parameters}{factor}, not trained"]
-        notes = []
-        if self.let and self.query_key == "published" and spec.rope and "query_key" in spec.sites:
-            notes.append(
-                "query_key transform in its published form, which does not preserve the function under RoPE"
-            )
+        notes = query_key_notes(self.let and self.query_key == "published", spec)
         if self.let and self.use_ln_matrix:
             notes.append("needs a hidden×hidden product after each norm at run time, counted in bits/weight")
         return notes

@@ -6,7 +6,7 @@ checkpointing and evaluation belong to the engine and the runner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
@@ -63,3 +63,10 @@ class Method(BaseModel):
     def presets(cls) -> dict[str, str]:
         """Recipe by scheme, one line each, for `qbench methods NAME`."""
         return {}
+
+
+def query_key_notes(published: bool, spec: BlockSpec, sites: Iterable[str] = ("query_key",)) -> list[str]:
+    """What a row says of a query–key transform that is left untied or dense under rotary embedding."""
+    if not (published and spec.rope and "query_key" in {*sites} & {*spec.sites}):
+        return []
+    return ["query_key transform in its published form, which does not preserve the function under RoPE"]

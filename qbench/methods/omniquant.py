@@ -17,7 +17,7 @@ from qbench.engine.initial import initial_scale, initial_shift
 from qbench.engine.losses import mse, mse_with_auxiliary
 from qbench.engine.plan import BlockPlan, BlockView, Needs, Training
 from qbench.methods import authors
-from qbench.methods.base import Method
+from qbench.methods.base import Method, query_key_notes
 from qbench.models.base import BlockSpec
 from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
@@ -101,16 +101,7 @@ class OmniQuant(Method):
         """See `Method`."""
         if self.parameters is not None:
             return [f"parameters read from {self.parameters}, not trained"]
-        if (
-            self.let
-            and self.query_key == "published"
-            and spec.rope
-            and "query_key" in {*self.sites} & {*spec.sites}
-        ):
-            return [
-                "query_key transform in its published form, which does not preserve the function under RoPE"
-            ]
-        return []
+        return query_key_notes(bool(self.let) and self.query_key == "published", spec, self.sites)
 
     def plan(self, view: BlockView) -> BlockPlan:
         """See `Method`."""

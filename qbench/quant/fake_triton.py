@@ -35,12 +35,12 @@ def _round(x):
 
 
 @triton.jit
-def _column_factor(column_ptr, column, columns, SCALE_COLUMNS: tl.constexpr):
-    """Factors of some columns, or ones that nobody multiplies by."""
-    if SCALE_COLUMNS:
-        return tl.load(column_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+def _factors(pointer, index, count, GIVEN: tl.constexpr):
+    """Factors of some rows or columns, or ones that nobody multiplies by."""
+    if GIVEN:
+        return tl.load(pointer + index, mask=index < count, other=0.0).to(tl.float32)
     else:
-        return tl.full(column.shape, 1.0, tl.float32)
+        return tl.full(index.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -51,15 +51,6 @@ def _factor(x, row_factor, column_factor, SCALE_ROWS: tl.constexpr, SCALE_COLUMN
     if SCALE_COLUMNS:
         x = x * column_factor[None, :]
     return x
-
-
-@triton.jit
-def _row_factor(row_ptr, row, n_rows, SCALE_ROWS: tl.constexpr):
-    """Factors of some rows, or ones that nobody multiplies by."""
-    if SCALE_ROWS:
-        return tl.load(row_ptr + row, mask=row < n_rows, other=0.0).to(tl.float32)
-    else:
-        return tl.full(row.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -143,8 +134,8 @@ def _forward(
     within = tl.arange(0, BLOCK)
     inside = valid[:, None] & (within[None, :] < width)
     at = row[:, None].to(tl.int64) * columns + group * width + within[None, :]
-    r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
-    c = _column_factor(column_ptr, group * width + within, columns, SCALE_COLUMNS)
+    r = _factors(row_ptr, row, n_rows, SCALE_ROWS)
+    c = _factors(column_ptr, group * width + within, columns, SCALE_COLUMNS)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x = _factor(x, r, c, SCALE_ROWS, SCALE_COLUMNS)
     low = tl.min(tl.where(inside, x, float("inf")), 1)
@@ -170,14 +161,14 @@ def _forward_wide(
     row = tl.program_id(0) + tl.arange(0, 1)
     valid = row < n_rows
     start = row[:, None].to(tl.int64) * width
-    r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
+    r = _factors(row_ptr, row, n_rows, SCALE_ROWS)
     lowest = tl.full([1, BLOCK], float("inf"), tl.float32)
     highest = tl.full([1, BLOCK], -float("inf"), tl.float32)
     for chunk in range(CHUNKS):
         within = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = (within < width)[None, :]
         x = tl.load(x_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = _factor(x, r, _column_factor(column_ptr, within, width, SCALE_COLUMNS), SCALE_ROWS, SCALE_COLUMNS)
+        x = _factor(x, r, _factors(column_ptr, within, width, SCALE_COLUMNS), SCALE_ROWS, SCALE_COLUMNS)
         lowest = tl.minimum(lowest, tl.where(inside, x, float("inf")))
         highest = tl.maximum(highest, tl.where(inside, x, -float("inf")))
     low, high = tl.min(lowest, 1), tl.max(highest, 1)
@@ -187,7 +178,7 @@ def _forward_wide(
         within = chunk * BLOCK + tl.arange(0, BLOCK)
         inside = (within < width)[None, :]
         x = tl.load(x_ptr + start + within[None, :], mask=inside, other=0.0).to(tl.float32)
-        x = _factor(x, r, _column_factor(column_ptr, within, width, SCALE_COLUMNS), SCALE_ROWS, SCALE_COLUMNS)
+        x = _factor(x, r, _factors(column_ptr, within, width, SCALE_COLUMNS), SCALE_ROWS, SCALE_COLUMNS)
         _t, level, _inside = _levels(x, scale, zero, QMAX)
         y = (level * scale[:, None]).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + start + within[None, :], y, mask=inside)
@@ -208,7 +199,7 @@ def _backward(
     group = tl.program_id(1)
     columns = n_groups * width
     within = tl.arange(0, BLOCK)
-    c = _column_factor(column_ptr, group * width + within, columns, SCALE_COLUMNS)
+    c = _factors(column_ptr, group * width + within, columns, SCALE_COLUMNS)
     column_sum = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(TILES):
         row = (tl.program_id(0) * TILES + tile) * ROWS + tl.arange(0, ROWS)
@@ -222,7 +213,7 @@ def _backward(
         high = tl.load(high_ptr + at_group, mask=valid, other=1.0)
         upper, lower = _clip(upper_ptr, lower_ptr, at_group, valid, low, CLIP)
         bottom, top, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
-        r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
+        r = _factors(row_ptr, row, n_rows, SCALE_ROWS)
         x = _factor(base, r, c, SCALE_ROWS, SCALE_COLUMNS)
         t, level, on_grid = _levels(x, scale, zero, QMAX)
         grad_scale = tl.sum(g * (level - on_grid * t), 1)
@@ -262,7 +253,7 @@ def _backward_wide(
     low, high = tl.load(low_ptr + row), tl.load(high_ptr + row)
     upper, lower = _clip(upper_ptr, lower_ptr, row, valid, low, CLIP)
     bottom, top, scale, zero = _ranges(low, high, upper, lower, QMAX, MID, SYM, ZERO)
-    r = _row_factor(row_ptr, row, n_rows, SCALE_ROWS)
+    r = _factors(row_ptr, row, n_rows, SCALE_ROWS)
     by_scale = tl.zeros([1, BLOCK], tl.float32)
     n_high = tl.zeros([1, BLOCK], tl.float32)
     n_low = tl.zeros([1, BLOCK], tl.float32)
