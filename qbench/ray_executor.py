@@ -7,6 +7,7 @@ machine that the sweep was started on; where the nodes share that folder, checkp
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from qbench.errors import ConfigError, first_line
 from qbench.executors import PACKAGE_ROOT, Event, Job
 
 LOOK_S = 0.1  # between looks at what Ray has
+KNOCK_S = 10.0  # for an answer at an address
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
@@ -34,15 +36,27 @@ def connect(ray: Any, config: ExecutorConfig) -> None:
     address = cluster_address(config)
     try:
         if address is not None:
+            _require_listener(address)
             ray.init(address=address, **QUIET)
         else:  # "local": without it Ray would take any cluster that was last started here, and refuse a number of CPUs
             count = int((config.cpus or 1) * config.workers) if config.workers else None
             ray.init(address="local", num_cpus=count, include_dashboard=False, **QUIET)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"executor ray: no cluster at {address or 'this machine'}: {first_line(error)}. "
             "Start one with `ray start --head`, or leave the address out."
         ) from None
+
+
+def _require_listener(address: str) -> None:
+    """Knock at HOST:PORT: Ray itself tries for many minutes where nobody answers.
+
+    Raises:
+        OSError: If nothing listens there.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def share(config: ExecutorConfig, resources: Mapping[str, float]) -> tuple[int, float, float]:

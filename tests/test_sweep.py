@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
@@ -313,6 +314,20 @@ def test_what_a_worker_of_a_cluster_gets(settings, resources, share) -> None:
     assert ray_executor.share(ExecutorConfig(kind="ray", **settings), resources) == share
 
 
+def test_an_address_where_nothing_listens_is_refused_before_ray_tries_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        asked: list[str] = []
+        ray = SimpleNamespace(init=lambda **settings: asked.append(settings["address"]))
+        ray_executor.connect(ray, ExecutorConfig(kind="ray", address=f"127.0.0.1:{port}"))
+        ray_executor.connect(ray, ExecutorConfig(kind="ray", address=f"ray://127.0.0.1:{port}"))
+        ray_executor.connect(ray, ExecutorConfig(kind="ray", address="auto"))
+    assert asked == [f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto"]
+    with pytest.raises(ConfigError, match=f"no cluster at 127.0.0.1:{port}: .*refused.*ray start --head"):
+        ray_executor.connect(ray, ExecutorConfig(kind="ray", address=f"127.0.0.1:{port}"))
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize(
     ("address", "variable", "workers", "sentence"),
     [
@@ -329,6 +344,7 @@ def test_a_plan_for_ray_counts_the_workers_of_the_cluster_that_a_sweep_would_hav
 ) -> None:
     clusters = {"auto": {"GPU": 4.0, "CPU": 32.0}, "head:1": {"GPU": 6.0, "CPU": 24.0}}
     ray = fake_ray(**clusters)
+    monkeypatch.setattr(ray_executor, "_require_listener", lambda address: None)
     monkeypatch.setenv("RAY_ADDRESS", variable)
     monkeypatch.setattr(sweeps, "visible_gpus", lambda: ["0", "1"])
     monkeypatch.setattr(sweeps.os, "cpu_count", lambda: 3)

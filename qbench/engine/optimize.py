@@ -389,10 +389,9 @@ def require_finite(
     """
     for i, loss in enumerate(losses):
         if not math.isfinite(loss):
-            arithmetic = str(settings.autocast or torch.float32).removeprefix("torch.")
             raise NumericalError(
                 f"The loss became {loss} in epoch {epoch + 1} of {epochs}, step {i + 1} of {len(losses)} (last finite "
-                f"loss {last_finite:.4g}; arithmetic {arithmetic}). "
+                f"loss {last_finite:.4g}; arithmetic {settings.arithmetic}). "
                 "Try --autocast bfloat16 or float32, a lower --let-lr, or a smaller --sf."
             )
         last_finite = loss
