@@ -172,7 +172,7 @@ def switches(method: BaseModel, only: Sequence[str] = ()) -> list[Switch]:
             ]
     for name in only:
         if name not in fields:
-            raise unknown_name("option", name, fields)
+            raise unknown_name("switch", name, {switch.option for switch in found})
         if not any(switch.option == name for switch in found):
             raise ConfigError(
                 f"Option {name} is no switch: neither yes/no nor one with named choices, and its field declares no "
@@ -205,7 +205,10 @@ def variants(found: Sequence[Switch], design: Design, samples: Sequence[int] = (
     if samples and design != "leave-one-out":
         raise ConfigError(f"--samples is for leave-one-out; {design} changes the method's own options only.")
     if not found and not samples:
-        raise ConfigError("This method has no switch: there is nothing to ablate.")
+        raise ConfigError(
+            "There is nothing to ablate: this method has no switch, that is no yes/no option, none with named choices "
+            "and no number with declared alternatives. See its options with `qbench methods NAME`."
+        )
     if design == "leave-one-out":
         return [
             Variant(REFERENCE, {}, ()),

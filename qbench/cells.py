@@ -264,6 +264,16 @@ def expand(sweep: SweepConfig, restart: bool = False) -> list[Cell]:
     return [Cell(label, config) for label, config in zip(labels(distinct), distinct, strict=True)]
 
 
+def idle_exclusions(sweep: SweepConfig) -> list[dict[str, str]]:
+    """Entries of `exclude` that no cell of the grid agrees with: most likely written otherwise than the grid."""
+    grid = list(itertools.product(sweep.models, sweep.schemes, sweep.methods))
+    return [
+        entry.model_dump(exclude_none=True)
+        for entry in sweep.exclude
+        if not any(_excluded(entry, *combination) for combination in grid)
+    ]
+
+
 def _excluded(entry: Exclusion, model: ModelRequest, scheme: str, method: MethodRequest) -> bool:
     said = {"model": model.name, "scheme": scheme, "method": method.name}
     wanted = entry.model_dump(exclude_none=True)

@@ -62,3 +62,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Build the error for a name that is not registered: what was given, suggestion, what exists."""
     names = sorted(known)
     return ConfigError(f"Unknown {kind} {name!r}.{suggest(name, names)} Known: {', '.join(names)}.")
+
+
+def counted(n: int, thing: str) -> str:
+    """`1 cell`, `2 cells`."""
+    return f"{n} {thing}{'s' * (n != 1)}"

@@ -18,6 +18,7 @@ from qbench import provenance
 from qbench.cells import labels
 from qbench.circumstances import Circumstances, circumstances
 from qbench.config import PLACES, RunConfig, validated
+from qbench.data.text import require_source
 from qbench.deploy.export import foresee
 from qbench.engine import attention
 from qbench.engine.channel_files import write_channels
@@ -69,6 +70,8 @@ def run(config: RunConfig, listener: Listener | None = None) -> list[Result]:
     wanted = every_row(config)
     methods = check_request(config, wanted)
     resolved_cells(wanted, methods, describe(config))  # a scheme that cannot be done: before a weight is read
+    for source in {config.calibration.dataset, *config.evals.datasets} - {"auto"}:
+        require_source(source)
     loaded = load(config, listener)
     if config.export:
         lanes = [Lane(c.label, c.method, c.scheme) for c in resolved_cells(wanted, methods, loaded)]

@@ -72,7 +72,7 @@ def test_switches_are_read_off_the_options() -> None:
 def test_what_is_no_switch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"Option rate is no switch.*Switches: lwc, matrix, form, alpha"):
         switches(RESOLVED, ["rate"])
-    with pytest.raises(ConfigError, match=r"Unknown option 'alhpa'. Did you mean 'alpha'"):
+    with pytest.raises(ConfigError, match=r"Unknown switch 'alhpa'. Did you mean 'alpha'"):
         switches(RESOLVED, ["alhpa"])
 
 
@@ -313,3 +313,10 @@ def test_the_command_line(tmp_path, build_tiny, monkeypatch) -> None:
     stored = json.loads((here.output / "ablations" / "omniquant-W4A4-leave-one-out.json").read_text())
     assert [effect["switch"] for effect in stored["effects"]] == ["lwc=false", "let=false", "n_samples=2"]
     ElementTree.fromstring((here.output / "ablations" / "omniquant-W4A4-leave-one-out.svg").read_bytes())
+    broken = [*arguments, "--no-let", "--let-lr", "1e30", "--epochs", 2]  # what turns it on breaks down
+    failed = CliRunner().invoke(main, list(map(str, broken)))
+    assert (
+        failed.exit_code == 3 and "| let=true | — | | failed: omniquant W4A4 let=true, block" in failed.stdout
+    )
+    assert "Error: 1 of 4 cells failed. omniquant W4A4 let=true, block" in failed.stderr
+    assert CliRunner().invoke(main, [*map(str, arguments), "--samples", "0"]).exit_code == 2

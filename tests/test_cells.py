@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qbench.cells import expand, labels, passes, read_sweep
+from qbench.cells import expand, idle_exclusions, labels, passes, read_sweep
 from qbench.config import RunConfig
 from qbench.errors import ConfigError
 from qbench.runner import every_row
@@ -93,6 +93,17 @@ def test_cells_left_out_of_the_grid(sweep) -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="exclude leaves out every cell"):
         expand(sweep(GRID | {"exclude": [{"method": "rtn"}, {"method": "smoothquant"}]}))
+
+
+def test_an_exclusion_that_leaves_nothing_out_is_found(sweep) -> None:
+    exclude = [
+        {"method": "rtn"},
+        {"method": "rtm"},
+        {"scheme": "W2A16"},
+        {"method": "rtn", "model": "other"},
+        {},
+    ]
+    assert idle_exclusions(sweep(GRID | {"exclude": exclude})) == exclude[1:]
 
 
 def test_a_number_of_seeds_counts_from_the_seed(sweep) -> None:

@@ -10,6 +10,7 @@ import pytest
 from qbench.cells import expand, read_sweep
 from qbench.config import read_config, read_mapping
 from qbench.methods import METHODS
+from qbench.models.loading import describe_model
 from qbench.reports.published import cells, find
 from qbench.reports.recipes import recipe
 
@@ -27,15 +28,18 @@ def script() -> object:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_file_can_be_read(path: Path) -> None:
+def test_every_file_can_be_read_and_done(path: Path) -> None:
     content = read_mapping(path)
     sweep = {"cells", "models", "include", "exclude", "executor"} & set(content) or isinstance(
         content.get("seeds"), list
     )
     configs = [cell.config for cell in expand(read_sweep(path))] if sweep else [read_config(path)]
     for config in configs:
+        described = describe_model("tiny-opt" if "opt" in config.model else "tiny-llama")
         for request in config.methods:
-            METHODS.load(request.name).model_validate(request.options)
+            method = METHODS.load(request.name).model_validate(request.options)
+            for scheme in config.parsed_schemes:
+                method.resolve(scheme, described.spec).check(scheme, described.spec)
 
 
 def test_the_papers_files_are_what_the_script_writes() -> None:

@@ -17,8 +17,8 @@ from qbench.reports.published import find
 ASSETS = Path(__file__).parents[1] / "qbench/assets"
 
 
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["parity", *arguments], env={"COLUMNS": "200"})
+def invoke(*arguments: str, columns: int = 200) -> Result:
+    return CliRunner().invoke(main, ["parity", *arguments], env={"COLUMNS": str(columns)})
 
 
 def planned(cells: list, changes: Changes | None = None, **settings: object) -> tuple[list, list]:
@@ -89,6 +89,17 @@ def test_list_shows_tables_and_then_their_cells() -> None:
     assert len(everything) == 794
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_list_breaks_no_name(width: int) -> None:
+    overview = invoke("list", columns=width).stdout
+    cells = invoke("list", "AffineQuant Table 1", "--scheme", "W3A16", columns=width).stdout
+    assert max(len(line) for line in (overview + cells).splitlines()) <= width
+    for cell in find("AffineQuant Table 1"):
+        assert cell.model in overview.replace(",", " ").split() and cell.name in overview
+    assert cells.startswith("AffineQuant Table 1, W3A16, wikitext2, ppl")
+    assert ["opt-125m", "AffineQuant", "30.56"] in [line.split() for line in cells.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -140,3 +151,10 @@ def test_the_whole_path_on_a_stand_in(tmp_path: Path) -> None:
     assert json.loads(again.stdout) == verdicts
     table = invoke(*[argument if argument != "json" else "table" for argument in arguments])
     assert "[1]" in table.stdout and "3 not comparable" in table.stderr
+    # In a narrow terminal there are fewer columns, and still no number in two lines.
+    given = [argument if argument != "json" else "table" for argument in arguments]
+    narrow = invoke(*given, columns=60).stdout.splitlines()
+    above = narrow[: next(i for i, line in enumerate(narrow) if line.startswith("[1]"))]
+    assert max(map(len, above)) <= 60 and any(line.startswith("not shown at this width") for line in above)
+    for v in verdicts:
+        assert any(line.startswith(v["method"]) and f"{v['here']:.2f}" in line.split() for line in above)

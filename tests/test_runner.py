@@ -826,6 +826,37 @@ def test_a_group_size_that_does_not_divide_names_every_linear(here, refused) -> 
     assert not here.output.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--scheme", "W4A16g24"), "group_size=24"),
+        (
+            (
+                "--method",
+                "gptq",
+                "--scheme",
+                "W4A16g16",
+                "--set",
+                "gptq.act_order=1",
+                "--set",
+                "static_groups=0",
+            ),
+            "perm",
+        ),
+        (("--eval", "own=absent.txt"), "No dataset, file or folder 'absent.txt'"),
+        (("--calib-dataset", "absent.txt"), "No dataset, file or folder 'absent.txt'"),
+        (("--method", "omniquant", "--resume", "absent.pth"), "Cannot read parameter file 'absent.pth'"),
+    ],
+    ids=["group size", "groups that need an index", "evaluation text", "calibration text", "parameter file"],
+)
+def test_what_can_be_refused_is_refused_before_a_weight_is_read(
+    here, refused, monkeypatch, arguments, word
+) -> None:
+    monkeypatch.setattr(runner_module, "load_model", lambda *args, **given: pytest.fail("weights were read"))
+    assert word in refused(*arguments)
+    assert not here.output.exists()
+
+
 def test_an_unknown_option_is_refused_with_a_suggestion(here, refused) -> None:
     message = refused("--set", "alhpa=0.5", method="smoothquant")
     assert "alpha" in message

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from qbench.cells import Cell
-from qbench.cli.grid import grid_options, read
+from qbench.cli.grid import failures_said, grid_options, read
 from qbench.cli.options import Command, Option, format_option
-from qbench.errors import ConfigError
+from qbench.errors import ConfigError, NumericalError
 from qbench.reports.columns import format_seconds, format_value
 from qbench.results import write_atomically
 
@@ -74,6 +74,11 @@ def _ablate(**given: Any) -> None:
         click.echo(json.dumps(data, indent=1))
     else:
         click.echo("\n\n".join(as_markdown(result) for result in results))
+    if outcome.failures:
+        raise NumericalError(
+            f"{failures_said(outcome.failures, len(cells))} The tables above are of the others, in {config.output}. "
+            "Give the command again with --retry-failed to try the failed ones once more."
+        )
 
 
 def as_markdown(result: Any) -> str:
@@ -110,7 +115,10 @@ ablate = Command(
             default="leave-one-out", help="Which runs to make. Default: leave-one-out.",
         ),
         Option(WHAT, ["--switch", "switches"], multiple=True, metavar="OPTION", help="Only these; repeatable."),
-        Option(WHAT, ["--samples"], multiple=True, type=int, help="Also with N calibration windows; repeatable."),
+        Option(
+            WHAT, ["--samples"], multiple=True, type=click.IntRange(1),
+            help="Also with N calibration windows; repeatable.",
+        ),
         Option("Where", ["--retry-failed"], is_flag=True, help="Also compute runs whose failure is on record."),
         Option("Where", ["--restart"], is_flag=True, help="Ignore earlier checkpoints and results."),
         format_option("Where", ("markdown", "json")),

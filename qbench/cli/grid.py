@@ -5,14 +5,18 @@ What `sweep`, `plan` and `ablate` have in common.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qbench.cells import Cell, SweepConfig, expand, read_sweep
+from qbench.cells import Cell, SweepConfig, expand, idle_exclusions, read_sweep
 from qbench.cli.method_options import apply_settings, method_options, settings_of
 from qbench.cli.options import CONFIG_OPTIONS, Option, config_option, fill
-from qbench.errors import ConfigError
+from qbench.errors import ConfigError, counted
+
+if TYPE_CHECKING:
+    from qbench.failures import Failure
 
 WHAT = "What to compute (each replaces what the file says)"
 SHARED = ("Calibration", "Evaluation", "Computation")
@@ -72,6 +76,8 @@ def read(given: dict[str, Any]) -> tuple[SweepConfig, list[Cell]]:
     if given["methods"] or given["schemes"]:
         over["cells"] = []
     config = read_sweep(given["file"], over)
+    for idle in idle_exclusions(config):
+        click.echo(f"note: exclude {idle} leaves nothing out: no cell of the grid is so", err=True)
     settings = settings_of(given)
     if settings:
         if not config.methods:
@@ -83,6 +89,15 @@ def read(given: dict[str, Any]) -> tuple[SweepConfig, list[Cell]]:
             click.echo(f"note: {remark}", err=True)
         config = config.model_copy(update={"methods": requests})
     return config, expand(config, restart=given.get("restart", False))
+
+
+def failures_said(failures: Mapping[str, Failure], n_cells: int) -> str:
+    """How many cells failed, and each with its error, which may begin with the cell's label itself."""
+    said = [
+        failure.error if failure.error.startswith(label) else f"{label}: {failure.error}"
+        for label, failure in failures.items()
+    ]
+    return f"{len(failures)} of {counted(n_cells, 'cell')} failed. {' '.join(said)}"
 
 
 def _seeds(text: str) -> int | list[int]:

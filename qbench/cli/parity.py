@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,11 @@ def list_(table: str | None, format_: str, **filters: tuple[str, ...]) -> None:
     """List published cells; without anything named, the tables that there are."""
     if table is None and not any(filters.values()) and format_ in ("table", "markdown"):
         header = ("table", "cells", "models", "methods", "schemes", "measured on")
-        _show(header, [_summary(name, found) for name, found in tables(cells()).items()], format_)
+        summaries = [_summary(name, found) for name, found in tables(cells()).items()]
+        if format_ == "markdown":
+            _show(header, summaries, format_)
+        else:
+            _describe(header, summaries)
         click.echo('\nCells of one: qbench parity list "AffineQuant Table 1" --model opt-125m', err=True)
         return
     header = ("table", "model", "method", "scheme", "dataset", "metric", "value")
@@ -63,6 +68,26 @@ def _summary(name: str, found: Sequence[Published]) -> tuple[str, ...]:
         return ", ".join(dict.fromkeys(getattr(cell, field) for cell in found))
 
     return (name, str(len(found)), *map(distinct, ("model", "method", "scheme", "dataset")))
+
+
+def _describe(header: Sequence[str], summaries: Sequence[tuple[str, ...]]) -> None:
+    """Each table in a few lines, broken between names only."""
+    from rich.console import Console
+
+    width = Console().width
+    for name, n_cells, *lists in summaries:
+        click.echo(f"{name}, {n_cells} cells")
+        for title, names in zip(header[2:], lists, strict=True):
+            hanging = " " * 16
+            click.echo(
+                textwrap.fill(
+                    names,
+                    width,
+                    initial_indent=f"  {title:<14}",
+                    subsequent_indent=hanging,
+                    break_on_hyphens=False,
+                )
+            )
 
 
 @parity.command("run")
@@ -213,16 +238,45 @@ def _show(header: tuple[str, ...], rows: Sequence[tuple[Any, ...]], format_: str
             if i == 0:
                 click.echo("|" + " :-- |" * len(header))
     else:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+        _draw(header, rows)
 
-        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
-        for title in header:
-            drawn.add_column(
-                Text(title), overflow="fold", no_wrap=title in ("model", "method", "scheme", "dataset")
-            )
-        for row in rows:
-            drawn.add_row(*(Text(str(cell)) for cell in row))
-        Console().print(drawn)
+
+NAMES = ("table", "model", "method", "scheme", "dataset", "metric")  # columns that may head a table instead
+MAY_GO = ("FP published", "FP here")  # where there is no room for them
+PROSE = 14  # characters that a verdict needs to be readable
+
+
+def _draw(header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> None:
+    """Print for a terminal: what all rows share stands above them, and no number is broken."""
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    texts = [[str(cell) for cell in row] for row in rows]
+    shared = [i for i, title in enumerate(header) if title in NAMES and len({row[i] for row in texts}) == 1]
+    shared = shared if len(rows) > 1 else []
+    kept = [i for i in range(len(header)) if i not in shared]
+
+    def width(i: int) -> int:
+        longest = max(cell_len(text) for text in (*header[i].split(), *(row[i] for row in texts)))
+        return 3 + (min(longest, PROSE) if header[i] in ("table", "verdict") else longest)
+
+    gone = [i for i in kept if header[i] in MAY_GO] if sum(map(width, kept)) > console.width else []
+    kept = [i for i in kept if i not in gone]
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False)
+    for i in kept:
+        wraps = header[i] in ("table", "verdict")
+        drawn.add_column(
+            Text(header[i] if wraps else header[i].replace(" ", "\n")), no_wrap=not wraps, overflow="fold"
+        )
+    for row in texts:
+        drawn.add_row(*(Text(row[i]) for i in kept))
+    if shared:
+        console.print(", ".join(texts[0][i] for i in shared), style="bold", highlight=False, markup=False)
+    console.print(drawn)
+    if gone:
+        said = ", ".join(header[i] for i in gone)
+        console.print(f"not shown at this width: {said} (--format csv has everything)", highlight=False)

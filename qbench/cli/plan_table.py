@@ -43,25 +43,23 @@ def print_plans(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("cell")
-    for name in ("blocks", "quantize", "evaluate", "memory", "GPU", "disk"):
-        table.add_column(name, justify="right")
+    on_gpu = any(plan.gpu_bytes is not None for plan in plans)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("cell", overflow="fold")
+    for name in ("blocks", "quantize", "evaluate", "memory", *["GPU"] * on_gpu, "disk"):
+        table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         gpu = MISSING if plan.gpu_bytes is None else size(plan.gpu_bytes)
         for cell in plan.cells:
             if cell.stored:
-                table.add_row(cell.label, "stored", *[""] * 5, style="dim")
+                table.add_row(cell.label, "stored", style="dim")
                 continue
             cost = (_seconds(cell.quantize_s), _seconds(cell.evaluate_s))
-            table.add_row(
-                cell.label, str(cell.blocks), *cost, size(plan.cpu_bytes), gpu, size(cell.disk_bytes)
-            )
+            peaks = [size(plan.cpu_bytes), *[gpu] * on_gpu]
+            table.add_row(cell.label, str(cell.blocks), *cost, *peaks, size(cell.disk_bytes))
         shared = f"{plan.model}: start, full precision" + (f", {plan.parts} passes" if plan.parts > 1 else "")
         whole = _seconds(plan.start_s + plan.shared_s)
-        table.add_row(
-            shared, "", whole, _seconds(plan.baseline_s), "", "", "", style="italic", end_section=True
-        )
+        table.add_row(shared, "", whole, _seconds(plan.baseline_s), style="italic", end_section=True)
     Console().print(table)
     click.echo(
         f"{len(plans)} pass{'es' * (len(plans) > 1)}, {workers} at a time: {_seconds(seconds)}, "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from qbench.errors import DataError
+from qbench.errors import ConfigError, DataError
 from qbench.results import BASELINE
 
 FORMATS = ("table", "markdown", "latex", "csv", "html")
@@ -71,6 +71,10 @@ def report(
     from qbench.results import ResultStore
 
     rows = [row for folder in folders for row in ResultStore(folder).load_all()]
+    if not rows:
+        raise ConfigError(
+            f"No records in {', '.join(map(repr, folders))}. Give the output folder of a finished run or sweep."
+        )
     if benches:
         from qbench.cli.bench import read
         from qbench.reports.speeds import with_latency

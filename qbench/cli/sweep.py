@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
-from qbench.cli.grid import grid_options, read
+from qbench.cli.grid import failures_said, grid_options, read
 from qbench.cli.options import Command, Option, format_option
-from qbench.errors import ConfigError, NumericalError
+from qbench.errors import ConfigError, NumericalError, counted
 
 
 def _sweep(**given: Any) -> None:
@@ -20,7 +20,7 @@ def _sweep(**given: Any) -> None:
     config, cells = read(given)
     from qbench import sweep as sweeps
 
-    click.echo(f"{len(cells)} cells, checked before anything is computed …", err=True)
+    click.echo(f"{counted(len(cells), 'cell')}, checked before anything is computed …", err=True)
     executor = sweeps.checked(config.executor, cells)
     from qbench.cli.compare import show
     from qbench.cli.sweep_view import watching
@@ -31,9 +31,8 @@ def _sweep(**given: Any) -> None:
     if outcome.results:
         show(compare(outcome.results, allow_mixed=True), given["format_"])
     if outcome.failures:
-        said = " ".join(f"{label}: {failure.error}" for label, failure in outcome.failures.items())
         raise NumericalError(
-            f"{len(outcome.failures)} of {len(cells)} cells failed; the others are in {config.output}. {said} "
+            f"{failures_said(outcome.failures, len(cells))} The others are in {config.output}. "
             "Give the command again with --retry-failed to try them once more."
         )
 

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import click
 
 from qbench.cells import Cell
+from qbench.errors import counted
 from qbench.executors import Event, Job
 from qbench.reports.columns import MISSING, format_seconds, format_value
 from qbench.results import BlockRecord, Result, split_metric
@@ -62,7 +63,7 @@ class SweepView:
     def begin(self, cells: Sequence[Cell]) -> None:
         """See `sweep.Watcher`."""
         self.cells = {cell.label: CellState(cell.label) for cell in cells}
-        self.line(f"{len(cells)} cells")
+        self.line(counted(len(cells), "cell"))
 
     def said(self, job: Job, event: Event) -> None:
         """See `sweep.Watcher`."""

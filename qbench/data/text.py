@@ -76,6 +76,24 @@ def parse_dataset(spec: str) -> tuple[str, str]:
     return (path.name if path.is_dir() else stem) or spec, spec
 
 
+def require_source(name_or_path: str) -> None:
+    """Refuse what can be no text, without reading anything.
+
+    Raises:
+        DataError: If it is neither a dataset's name, nor a file or folder, nor written like a hub repository.
+    """
+    _, target = parse_dataset(name_or_path)
+    if target not in NAMES and not Path(target).expanduser().exists() and not _may_be_hub(target):
+        raise DataError(
+            f"No dataset, file or folder {target!r}.{suggest(target, NAMES)} "
+            f"Give a path that exists or one of {', '.join(NAMES)}."
+        )
+
+
+def _may_be_hub(target: str) -> bool:
+    return bool(re.fullmatch(r"[\w-]+/[\w.-]+", target)) and not Path(target).expanduser().parent.exists()
+
+
 def load_text(name_or_path: str, split: Split) -> Text:
     """Read one split of a dataset given by name, file, folder, hub repository or NAME=PATH.
 
@@ -84,6 +102,7 @@ def load_text(name_or_path: str, split: Split) -> Text:
     Raises:
         DataError: If it is missing, unreadable, unreachable or empty.
     """
+    require_source(name_or_path)
     name, target = parse_dataset(name_or_path)
     path = Path(target).expanduser()
     if target in NAMES:
@@ -93,14 +112,9 @@ def load_text(name_or_path: str, split: Split) -> Text:
     elif path.is_dir():
         rows, read = load_folder_rows(path, ("train",) if split == "calibration" else ("test", "validation"))
         loaded = _join(rows, BLANK_LINE, f"folder {path}, {read}")
-    elif re.fullmatch(r"[\w-]+/[\w.-]+", target) and not path.parent.exists():
+    else:
         read = "train" if split == "calibration" else "test"
         loaded = _join(load_hub_rows(target, target, split=read), BLANK_LINE, f"{target}, {read}")
-    else:
-        raise DataError(
-            f"No dataset, file or folder {target!r}.{suggest(target, NAMES)} "
-            f"Give a path that exists or one of {', '.join(NAMES)}."
-        )
     content = loaded.documents if loaded.documents is not None else (loaded.text,)
     if not any(part.strip() for part in content):
         raise DataError(f"Dataset {name_or_path!r} has no text in its {split} split ({loaded.description}).")

@@ -123,6 +123,7 @@ class AffineQuant(Method):
             "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
         }
         if self.parameters is not None:
+            authors.refuse_training({name: getattr(self, name) for name in self.model_fields_set})
             recipe["parameters"] = pinned = authors.pinned(self.parameters)
             if self.sf is None and authors.has_matrices(pinned):
                 raise ConfigError(

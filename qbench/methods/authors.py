@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ PREFIXES = {
     "query_key": "qkt",
 }  # of their names, by site
 FACTORS = {"upper": "upbound_factor", "lower": "lowbound_factor"}
+APPLICABLE = {
+    "parameters",
+    "sf",
+    "query_key",
+    "truncate",
+}  # options beside a file: the rest is about training
 Blocks = Sequence[Mapping[str, Tensor]]
 
 
@@ -91,6 +98,27 @@ def has_matrices(pinned_path: str) -> bool:
     )
 
 
+def refuse_training(options: Mapping[str, Any]) -> None:
+    """Refuse a request to train, beside a file whose parameters are taken as they are.
+
+    Args:
+        options: Those of the method that were given. A switch that is on says how the file was made, as in the
+            authors' command lines, and is let pass.
+
+    Raises:
+        ConfigError: Names the options that would be done nothing about.
+    """
+    idle = sorted(
+        name for name, value in options.items() if name not in APPLICABLE and value not in (True, None)
+    )
+    if idle:
+        raise ConfigError(
+            f"Parameter file {options['parameters']!r} is applied as it is, nothing is trained: "
+            f"{', '.join(f'{name}={options[name]}' for name in idle)} would be ignored. Leave this out, or train "
+            "without the file."
+        )
+
+
 def check_parameters(pinned_path: str, spec: BlockSpec, scheme: Scheme, *, matrices: bool = True) -> None:
     """Refuse a file that was not made for this model, group size and method.
 
@@ -137,9 +165,18 @@ def check_parameters(pinned_path: str, spec: BlockSpec, scheme: Scheme, *, matri
                 raise DataError(
                     f"{where}: {name} has shape {list(tensor.shape)}, this model at {scheme} needs {wanted}."
                 )
+            if name.endswith("_smooth_scale"):
+                _require_transform(where, name, tensor, spec)
         if set(block) != first:
             odd = sorted(set(block) ^ first)[0]
             raise DataError(f"{where}: {odd} is in one of this block and block 0, but not in both.")
+    if not first:
+        raise DataError(f"Parameter file {path!r} holds no parameters: its blocks are empty.")
+    for prefix in PREFIXES.values():
+        if f"{prefix}_smooth_shift" in first and f"{prefix}_smooth_scale" not in first:
+            raise DataError(
+                f"Parameter file {path!r} has {prefix}_smooth_shift but lacks {prefix}_smooth_scale."
+            )
     factors = {name for name in known if name.endswith(tuple(FACTORS.values()))}
     if factors & first and not factors <= first:
         raise DataError(
@@ -159,6 +196,19 @@ def check_parameters(pinned_path: str, spec: BlockSpec, scheme: Scheme, *, matri
     absent = [f"{PREFIXES[s]}_smooth_scale" for s in PREFIXES if s not in spec.sites]
     if found := sorted(set(absent) & first):
         raise DataError(f"Parameter file {path!r} has {found[0]}, a site that this model does not have.")
+
+
+def _require_transform(where: str, name: str, tensor: Tensor, spec: BlockSpec) -> None:
+    """Refuse what has no inverse here, and what would have to be left out."""
+    matrix = tensor.dim() == 2
+    if not bool((tensor.diagonal() if matrix else tensor).all()):
+        raise DataError(f"{where}: {name} has zeros on its diagonal, which nothing can be divided by.")
+    if matrix and name.startswith(("out_", "qkt_")):
+        heads = (
+            tensor[i : i + spec.head_dim, i : i + spec.head_dim] for i in range(0, len(tensor), spec.head_dim)
+        )
+        if not torch.equal(torch.block_diag(*heads), tensor):
+            raise DataError(f"{where}: {name} has entries that join heads; expected one matrix per head.")
 
 
 def plan_of(block: Mapping[str, Tensor], view: BlockView, stability_factor: float | None) -> BlockPlan:

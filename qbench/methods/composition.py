@@ -31,6 +31,8 @@ def compose(name: str) -> type[Method]:
     Raises:
         ConfigError: If a part is unknown, or the parts do not make one quantization.
     """
+    if not all(name.split("+")):
+        raise ConfigError(f"Method {name!r} has an empty part. Join names by +, such as smoothquant+gptq.")
     parts = tuple(METHODS.load(part) for part in name.split("+"))
     _require_order(name, parts)
     count = Counter(field for part in parts for field in part.model_fields)

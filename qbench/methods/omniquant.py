@@ -84,6 +84,7 @@ class OmniQuant(Method):
             "aug_loss": llama and (two_bits or (not weight_only and scheme.wbits <= 4)),
         }
         if self.parameters is not None:
+            authors.refuse_training({name: getattr(self, name) for name in self.model_fields_set})
             recipe["parameters"] = authors.pinned(self.parameters)
         update = {k: v for k, v in recipe.items() if getattr(self, k) is None or k == "parameters"}
         return self.model_copy(update=update)

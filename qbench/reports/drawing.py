@@ -132,7 +132,7 @@ def print_sheets(
 
 def _fitted(sheet: Sheet, width: int, intervals: bool) -> Iterator[tuple[Sheet, bool]]:
     for with_intervals in (True, False) if intervals else (False,):
-        if sum(_widths(sheet, with_intervals)) <= width:
+        if sum(_widths(sheet, with_intervals)) - 1 <= width:
             yield sheet, with_intervals
             return
     widths = _widths(sheet, False)
@@ -140,7 +140,7 @@ def _fitted(sheet: Sheet, width: int, intervals: bool) -> Iterator[tuple[Sheet, 
     while rest:
         taken, used = [rest.pop(0)], sum(widths[i] for i in labels)
         used += widths[taken[0]]
-        while rest and used + widths[rest[0]] <= width:
+        while rest and used + widths[rest[0]] - 1 <= width:
             taken.append(rest.pop(0))
             used += widths[taken[-1]]
         chosen = [*labels, *taken]
@@ -149,10 +149,11 @@ def _fitted(sheet: Sheet, width: int, intervals: bool) -> Iterator[tuple[Sheet, 
 
 
 def _widths(sheet: Sheet, intervals: bool) -> list[int]:
+    """Characters that each column takes: its text, two blanks, and one to the next column (the last has none)."""
     from rich.cells import cell_len
 
     return [
-        2
+        3
         + max(
             cell_len(text)
             for text in [sheet.header[i], *(_plain(line.cells[i], intervals) for line in sheet.lines)]

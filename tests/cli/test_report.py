@@ -60,13 +60,15 @@ def test_rows_of_other_protocols_stand_apart_instead_of_being_refused(qbench_cli
         (["{folder}", "--metric", "wikitext2/perplexty"], "wikitext2/perplexity"),
         (["{folder}", "--baseline", "affinquant"], "affinequant"),
         (["{folder}", "--format", "html", "-o", "{folder}"], "Cannot write"),
+        (["empty", "--format", "html", "-o", "page.html"], "No records in 'empty'. Give the output folder"),
     ],
-    ids=["no_folder", "metric", "baseline", "output"],
+    ids=["no_folder", "metric", "baseline", "output", "no_records"],
 )
 def test_errors_are_one_sentence(qbench_cli, folder: str, arguments: list[str], expected: str) -> None:
+    Path("empty").mkdir()
     result = qbench_cli("report", *(argument.format(folder=folder) for argument in arguments))
     assert result.exit_code == 2 and result.stdout == ""
-    assert expected in result.stderr and "Traceback" not in result.stderr
+    assert expected in result.stderr and "Traceback" not in result.stderr and not Path("page.html").exists()
 
 
 def test_works_on_a_machine_without_torch(folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from pathlib import Path
 from types import ModuleType
 
@@ -194,6 +195,26 @@ BAD = [
     ),
     pytest.param(put(0, "qkv_smooth_scale", 3.0), "block 0 is no dictionary of tensors", id="a number"),
     pytest.param(
+        lambda b: [x.clear() for x in b.values()],
+        "holds no parameters: its blocks are empty",
+        id="empty blocks",
+    ),
+    pytest.param(
+        lambda b: [
+            x.update(fc1_smooth_shift=torch.ones(HIDDEN)) or x.pop("fc1_smooth_scale") for x in b.values()
+        ],
+        "has fc1_smooth_shift but lacks fc1_smooth_scale",
+        id="shift without scale",
+    ),
+    pytest.param(
+        put(1, "qkv_smooth_scale", torch.zeros(HIDDEN)), "qkv_smooth_scale has zeros on its", id="no inverse"
+    ),
+    pytest.param(
+        put(0, "out_smooth_scale", torch.eye(HIDDEN) + torch.eye(HIDDEN).roll(8, 0)),
+        "out_smooth_scale has entries that join heads",
+        id="heads joined",
+    ),
+    pytest.param(
         lambda b: [b.clear(), b.update(model="x")], "no dictionary of blocks", id="another dictionary"
     ),
 ]
@@ -209,11 +230,25 @@ def test_a_file_that_does_not_fit_is_refused_with_its_name(tiny_opt, tmp_path, c
     assert str(file) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_other_files_are_refused_too(tiny_opt, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "content",
+    [b"no parameters", b"hi\n", b"", b"\xda%\xff", pickle.dumps({0: {}}, protocol=4), "half"],
+    ids=["text", "short text", "empty", "bytes", "another pickle", "half a file"],
+)
+def test_other_files_are_refused_in_one_sentence(tiny_opt, tmp_path, content) -> None:
+    file = tmp_path / "other.pth"
+    if content == "half":
+        torch.save(example(tiny_opt), file)
+        content = file.read_bytes()[: file.stat().st_size // 2]
+    file.write_bytes(content)
     spec, scheme = spec_of(tiny_opt), Scheme.parse("W4A16")
-    (tmp_path / "text.pth").write_text("no parameters")
-    with pytest.raises(DataError, match=r"text\.pth"):
-        OmniQuant(parameters=str(tmp_path / "text.pth")).resolve(scheme, spec).check(scheme, spec)
+    with pytest.raises(DataError, match=r"other\.pth") as refusal:
+        OmniQuant(parameters=str(file)).resolve(scheme, spec).check(scheme, spec)
+    assert "\n" not in str(refusal.value) and ".." not in str(refusal.value).replace(str(file), "")
+
+
+def test_a_file_that_is_not_there_is_said_to_be_missing(tiny_opt, tmp_path) -> None:
+    spec, scheme = spec_of(tiny_opt), Scheme.parse("W4A16")
     with pytest.raises(ConfigError, match="No such file"):
         OmniQuant(parameters=str(tmp_path / "absent.pth")).resolve(scheme, spec)
 
@@ -231,6 +266,19 @@ def test_matrices_need_their_stability_factor_and_their_method(tiny_opt, tmp_pat
     assert "stability factor 0.1" in method.notes(scheme, spec)[0]
     with pytest.raises(DataError, match="--method affinequant"):
         OmniQuant(parameters=file).resolve(scheme, spec).check(scheme, spec)
+
+
+def test_options_of_training_beside_a_file_are_refused(tiny_opt, tmp_path) -> None:
+    """What the authors' command lines say of a file may stand; a request to train, which nothing would do, may not."""
+    torch.save(example(tiny_opt), tmp_path / "p.pth")
+    file, spec, scheme = str(tmp_path / "p.pth"), spec_of(tiny_opt), Scheme.parse("W4A16")
+    AffineQuant(
+        parameters=file, let=True, lwc=True, aug_loss=True, sf=0.1, query_key="published", truncate="all"
+    ).resolve(scheme, spec).check(scheme, spec)
+    with pytest.raises(ConfigError, match=r"nothing is trained: epochs=3, let_lr=0\.001 would be ignored"):
+        OmniQuant(parameters=file, epochs=3, let_lr=1e-3).resolve(scheme, spec)
+    with pytest.raises(ConfigError, match="let=False would be ignored"):
+        AffineQuant(parameters=file, let=False).resolve(scheme, spec)
 
 
 def test_grouped_query_attention_has_no_authors_layout(tiny_llama, tokens, tmp_path) -> None:

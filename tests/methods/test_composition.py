@@ -31,7 +31,8 @@ REFUSED = {
     "smoothquant+omniquant": "ends with omniquant, which is no rounding rule",
     "omniquant+smoothquant+gptq": "Put the learned part right before the rounding rule",
     "omnquant+gptq": "Unknown method 'omnquant'. Did you mean 'omniquant'",
-    "affinequant+": "Unknown method ''",
+    "affinequant+": "has an empty part. Join names by",
+    "+gptq": "has an empty part",
 }
 
 

@@ -183,6 +183,16 @@ def test_a_sheet_never_cuts_a_number_and_always_fits(width: int) -> None:
                 assert cell.text in text
 
 
+def test_a_sheet_never_cuts_a_header_at_any_width() -> None:
+    sheets = [*leaderboard_sheets(sections(make_run())), GOLDEN]
+    for width in range(60, 121):
+        lines = as_text(sheets, width=width).splitlines()
+        found = [line for line in lines if line.startswith(("scheme", "method"))]
+        assert max(map(len, found)) <= width
+        for title in (title for sheet in sheets for title in sheet.header):
+            assert any(title in line for line in found), (width, title)
+
+
 def test_leaderboard_dims_dominated_rows_and_drops_empty_columns() -> None:
     rows = [baseline(), make_result("rtn", extra=0.5, cost={"seconds": 1.0}), make_result("awq", extra=0.1)]
     (sheet,) = leaderboard_sheets(sections(rows))

@@ -341,6 +341,10 @@ def test_browser_fits_a_phone_in_light_and_dark(browser: Browser, small: Path) -
         assert browser.run(ground) != before
         browser.run(f"{SHOWN}[2].click()")
         assert browser.run("document.getElementById('record').getBoundingClientRect().right") <= 390
+        assert (
+            browser.run("document.querySelector('#record header button').getBoundingClientRect().height") < 50
+        )
+        assert browser.run(f"getComputedStyle({SHOWN}[2].cells[0]).textAlign") == "left"
     finally:
         browser.run("localStorage.clear()")
         browser.resize(1280, 900)
