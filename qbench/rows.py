@@ -148,7 +148,10 @@ def measure(common: Circumstances, lane: Lane, cell: PassCell, result: LaneResul
     with quantized(loaded.model, loaded.blocks, loaded.spec, result, settings):
         scores = evaluate(common, lane.name)
     evaluated = time.perf_counter() - started
-    notes = method.notes(lane.scheme, loaded.spec) + list(result.notes) + list(common.notes)
+    said = (
+        [] if lane.scheme.is_identity else method.notes(lane.scheme, loaded.spec)
+    )  # W16A16 is left untouched
+    notes = [*said, *result.notes, *common.notes]
     trained = any(record.losses for record in result.records)
     if trained and (settings.device.type == "cuda" or settings.autocast is not None):
         notes.append(f"blocks fitted with {settings.arithmetic} products")

@@ -365,8 +365,9 @@ def test_a_plan_for_ray_asks_nobody_where_workers_are_given(here, fake_ray) -> N
     assert ray.calls == []
 
 
-def test_a_cluster_out_of_reach_is_refused_by_plan_and_sweep_alike(here, fake_ray) -> None:
+def test_a_cluster_out_of_reach_is_refused_by_plan_and_sweep_alike(here, fake_ray, monkeypatch) -> None:
     fake_ray()
+    monkeypatch.setattr(ray_executor, "_require_listener", lambda address: None)
     config = ExecutorConfig(kind="ray", address="head:1")
     message = "no cluster at head:1: Could not find any running Ray instance. Start one"
     for ask_for in (sweeps.workers, sweeps.make_executor):

@@ -101,9 +101,12 @@ def bench(**given: Any) -> None:
 
     import torch
 
+    from qbench.cli.progress import without_loading_bars
+
     device = _device(given["device"])
     if given["threads"]:
         torch.set_num_threads(given["threads"])
+    without_loading_bars()
     report = _run(given, schemes, device, path, earlier)
     show(report, given["format_"])
 

@@ -18,7 +18,7 @@ OPTIONS: dict[str, list[tuple[str, str]]] = {
         ("--fidelity-to --base", "fidelity_to"),
     ],
     "Evaluation": [
-        ("--seqlen --seq-len --eval-seqlen", path) if path == "evals.seq_len" else (flags, path)
+        (f"--seqlen --seq-len {flags}", path) if path == "evals.seq_len" else (flags, path)
         for flags, path in CONFIG_OPTIONS["Evaluation"]
     ],
     "Computation": [("--device", "compute.device"), ("--threads", "compute.threads")],

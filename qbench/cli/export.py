@@ -35,6 +35,11 @@ GIB = 1 << 30
     "executable that has it; repeatable. Those installed here are tried anyway.",
 )
 @click.option(
+    "--check",
+    is_flag=True,
+    help="Write no weights: certify again the folder that an earlier export wrote, as it is now.",
+)
+@click.option(
     "--max-shard-gib",
     type=click.FloatRange(min=0, min_open=True),
     default=4.5,
@@ -49,6 +54,7 @@ def export(
     scheme: str | None,
     output: str | None,
     runtimes: tuple[str, ...],
+    check: bool,
     max_shard_gib: float,
 ) -> None:
     """Write a quantized row of the results folder RUN as a model folder, and certify that it computes the same.
@@ -58,15 +64,17 @@ def export(
     """
     places = [_runtime(text) for text in runtimes]
 
+    from qbench.cli.progress import without_loading_bars
     from qbench.deploy.export import ExportRequest
     from qbench.exports import export_row, select_row
     from qbench.results import ResultStore
 
+    without_loading_bars()
     parents = [Path(output or Path(run) / "exports" / name) for name in formats]
     if output is not None and len(formats) > 1:
         parents = [Path(output) / name for name in formats]
     requests = [
-        ExportRequest(name, parent, dict(places), int(max_shard_gib * GIB))
+        ExportRequest(name, parent, dict(places), int(max_shard_gib * GIB), write=not check)
         for name, parent in zip(formats, parents, strict=True)
     ]
     chosen = select_row(ResultStore(run), row, method, scheme)

@@ -34,7 +34,7 @@ CONFIG_OPTIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "Evaluation": [
         ("--eval", "evals.datasets"),
-        ("--eval-seqlen", "evals.seq_len"),
+        ("--eval-seqlen --eval-seq-len", "evals.seq_len"),
         ("--limit", "evals.limit"),
         ("--tasks", "evals.tasks"),
         ("--limit-items", "evals.limit_items"),

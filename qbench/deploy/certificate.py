@@ -34,7 +34,7 @@ from qbench.engine.lane import LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.errors import ConfigError, QbenchError
 from qbench.models.loading import LoadedModel
-from qbench.models.packed import PackedFolder, load_packed
+from qbench.models.packed import PackedFolder, load_packed, packed_settings
 from qbench.quant.uniform import QuantizedWeight
 from qbench.results import RuntimeCheck
 from qbench.scheme import Scheme
@@ -290,7 +290,9 @@ class _Stored:
 
     def __init__(self, folder: Path) -> None:
         self.packed = (
-            PackedFolder(folder) if (folder / "config.json").exists() and _is_packed(folder) else None
+            PackedFolder(folder)
+            if (folder / "config.json").exists() and packed_settings(folder) is not None
+            else None
         )
         self.files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -308,10 +310,6 @@ class _Stored:
             return self.packed.linear(module).dequantize()
         weight = self.plain(f"{module}.weight")
         return torch.empty(0) if weight is None else weight.float()
-
-
-def _is_packed(folder: Path) -> bool:
-    return "quantization_config" in json.loads((folder / "config.json").read_text())
 
 
 def _verdict(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from qbench.deploy.residue import obstacle, rehearse
 from qbench.engine.lane import Lane, LaneResult
 from qbench.engine.settings import EngineSettings
 from qbench.engine.state import BlockState
-from qbench.errors import UnsupportedSchemeError
+from qbench.errors import ConfigError, UnsupportedSchemeError
 from qbench.models.loading import LoadedModel
 from qbench.quant.uniform import QuantizedWeight
 from qbench.results import Certificate, Result
@@ -58,12 +59,14 @@ class ExportRequest:
         folder: Parent of the folder that is written.
         runtimes: Runtime to Python executable, besides those installed here.
         max_shard_bytes: Of one safetensors file.
+        write: False to certify the folder that is there as it is.
     """
 
     format: str
     folder: Path
     runtimes: Mapping[str, str] = field(default_factory=dict)
     max_shard_bytes: int = MAX_SHARD_BYTES
+    write: bool = True
 
 
 def foresee(
@@ -124,7 +127,7 @@ def export(
     probe: Probe,
     recipe: str,
 ) -> Certificate:
-    """Write one lane as a folder and certify it.
+    """Write one lane as a folder and certify it, or certify again the folder that is there.
 
     Args:
         loaded: The full-precision model with the engine's attention; unchanged.
@@ -142,7 +145,7 @@ def export(
 
     Raises:
         UnsupportedSchemeError: If the format cannot hold the lane.
-        ConfigError: If the place is taken by something else, or a runtime does not exist.
+        ConfigError: If the place is taken by something else, holds nothing to certify, or a runtime does not exist.
     """
     scheme = result.lane.scheme
     format_: Format = FORMATS.load(request.format)
@@ -154,16 +157,19 @@ def export(
     tried, left = runtimes_at_hand(format_, request.runtimes)
     target = request.folder / folder_name(loaded.name, label, scheme)
     require_replaceable(target, row.id)
+    if not request.write and not (target / RECORD).exists():
+        raise ConfigError(f"There is no export {str(target)!r} to certify. Leave --check out to write it.")
     computed = scheme_in(format_, scheme)
     expected = reference(loaded, result, settings, probe, computed)
     rounding = format_.rounding(scheme)
     by_runtimes = (
         expected if rounding is None else reference(loaded, result, settings, probe, computed, rounding)
     )
-    with appearing(target) as draft:
-        write_model(loaded, result, format_, draft, request.max_shard_bytes)
-        (draft / RECORD).write_text(row.to_json() + "\n")
-        (draft / RECIPE).write_text(recipe)
+    with appearing(target) if request.write else nullcontext(target) as draft:
+        if request.write:
+            write_model(loaded, result, format_, draft, request.max_shard_bytes)
+            (draft / RECORD).write_text(row.to_json() + "\n")
+            (draft / RECIPE).write_text(recipe)
         checks = [check_dequantized(loaded, result, format_, draft, probe, expected)]
         notes = format_.notes(scheme)
         dtype = "auto" if format_.name in ("gptq", "awq") else "float32"  # kernels of the former want half

@@ -72,7 +72,13 @@ def require_replaceable(target: Path, row_id: str | None = None) -> None:
     """
     require_writable(target.parent)
     if row_id is not None and (target / RECORD).exists():
-        held = json.loads((target / RECORD).read_text())["qbench"]["id"]
+        try:
+            held = json.loads((target / RECORD).read_text())["qbench"]["id"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise ConfigError(
+                f"{str(target / RECORD)!r} is not readable, so whose export this is cannot be told. Remove the folder, "
+                "or choose another."
+            ) from None
         if held != row_id:
             raise ConfigError(
                 f"{str(target)!r} holds the export of another row ({held[:12]}). Choose another folder, or remove it."

@@ -122,7 +122,10 @@ class PackedFolder:
             )
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            promised = json.loads(index.read_text())["weight_map"]
+            try:
+                promised = json.loads(index.read_text())["weight_map"]
+            except (OSError, ValueError, LookupError, TypeError):
+                raise DataError(f"{str(index)!r} is no index of weights, or damaged.") from None
             if missing := sorted(set(promised) - set(files)):
                 raise DataError(
                     f"{str(self.folder)!r} lacks {len(missing)} of the tensors in its index (first: {missing[0]})."

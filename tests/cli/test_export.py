@@ -7,6 +7,7 @@ import re
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from qbench.cli import main
 from qbench.config import RunConfig
@@ -131,6 +132,42 @@ def test_what_the_refusal_advises_is_enough(here) -> None:
     assert code == 2 and options
     code, _, errors = qbench(*request, *options)
     assert code == 0, errors
+
+
+def test_a_folder_that_was_changed_is_found_out(here) -> None:
+    arguments, results = here
+    assert qbench(*arguments, "--method", "rtn", "--scheme", "W4A16g16")[0] == 0
+    check = ["export", results, "--format", "gptq", "--check"]
+    code, _, errors = qbench(*check)
+    assert code == 2 and "There is no export" in errors and not (results / "exports").exists()
+    assert qbench(*check[:-1])[0] == 0
+    (weights,) = (results / "exports").rglob("model.safetensors")
+    assert qbench(*check)[0] == 0
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.down_proj.qzeros"))
+    tensors[name][1, 0] += 1  # the zero point of output channel 0 in group 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    before = weights.read_bytes()
+    code, out, errors = qbench(*check)
+    where = "FAILED at layers.1.down_proj (output channel 0, group 1) (dequantized)"
+    assert code == 3 and where in errors and where in out
+    (row,) = [r for r in ResultStore(results).load_all() if not r.is_baseline]
+    assert not row.certificates[0].verified and f"exported as gptq: {where}" in row.notes
+    assert json.loads((weights.parent / "certificate.json").read_text()) == row.certificates[0].model_dump(
+        mode="json"
+    )
+    assert weights.read_bytes() == before
+    for name, words in (
+        ("config.json", "Cannot read"),
+        ("qbench.json", "whose export this is cannot be told"),
+    ):
+        whole = (weights.parent / name).read_text()
+        (weights.parent / name).write_text("{")
+        code, _, errors = qbench(*check)
+        assert code == 2 and words in errors.splitlines()[-1] and name in errors
+        (weights.parent / name).write_text(whole)
+    assert qbench(*check[:-1])[0] == 0  # written anew
+    assert qbench(*check)[0] == 0
 
 
 def test_a_folder_without_rows_is_refused(tmp_path) -> None:

@@ -69,14 +69,14 @@ def test_the_other_spellings(configured) -> None:
     config = configured(
         "-m x --dataset a_b.txt --n-samples 3 --seq-len 9 --eval my_text=a_b.txt --eval c4 -o out_dir --dtype bfloat16 "
         "--autocast float16 --device cuda:1 --eval-batch-size 4 --micro-batch 1 --hidden-states disk --threads 2 "
-        "--allow-fallback --trust-remote-code --revision r1 --restart"
+        "--allow-fallback --trust-remote-code --revision r1 --restart --eval-seq-len 7"
     )
     assert config == RunConfig(
         model="x",
         revision="r1",
         trust_remote_code=True,
         calibration={"dataset": "a_b.txt", "n_samples": 3, "seq_len": 9},
-        evals={"datasets": ["my_text=a_b.txt", "c4"], "batch_size": 4},
+        evals={"datasets": ["my_text=a_b.txt", "c4"], "batch_size": 4, "seq_len": 7},
         compute={"model_dtype": "bfloat16", "autocast": "float16", "device": "cuda:1", "micro_batch": 1,
                  "hidden_states": "disk", "threads": 2, "allow_fallback": True},
         output="out_dir",

@@ -141,6 +141,9 @@ def test_damage_is_named(build_tiny, tokens, tmp_path) -> None:
     save_file({k: v for k, v in whole.items() if k != f"{name}.scales"}, folder / "model.safetensors")
     with pytest.raises(DataError, match=rf"lacks the tensor '{name}.scales'"):
         load_packed(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(DataError, match="is no index of weights, or damaged"):
+        load_packed(folder)
 
 
 @pytest.mark.parametrize(
