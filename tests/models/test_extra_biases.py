@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_every_bias_of_the_folder_acts(tiny_llama, biases, tokens, tmp_path, sha
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, plain, atol=1e-1)
     assert loaded.spec.biased == {"q", "k", "v", "o", "gate", "up"}
+
+
+def test_what_is_applied_is_not_reported_as_left_out(tiny_llama, biases, tmp_path, caplog) -> None:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        load_model(folder(tiny_llama, biases, tmp_path / "model"))
+        assert records == [] and caplog.records == []
+        load_model(folder(tiny_llama, {"model.layers.0.other.weight": torch.ones(2)}, tmp_path / "other"))
+    finally:
+        logger.removeHandler(handler)
+    assert records == [] and "first: model.layers.0.other.weight" in caplog.text
 
 
 def test_the_engine_takes_them_over(tiny_llama, biases, tokens, tmp_path) -> None:
