@@ -88,7 +88,8 @@ def apply_settings(
     """Give each setting to the methods that have it; values come back as the methods' models read them.
 
     Returns:
-        The methods with their options, and remarks on settings that only some of the methods have.
+        The methods with their options, and remarks on settings that only some of the methods have, or that have
+        nothing to do beside another.
 
     Raises:
         ConfigError: If no chosen method has a setting, or its value is not allowed.
@@ -115,10 +116,21 @@ def apply_settings(
     for request, chosen in zip(requests, options, strict=True):
         chosen = (_published_form(classes[request.name]) if published else {}) | chosen
         method = validated(classes[request.name], chosen, f"the options of method {request.name}")
+        remarks += [f"{request.name}: {remark}" for remark in _idle(method, chosen)]
         finished.append(
             MethodRequest(name=request.name, options=method.model_dump(mode="json", include=set(chosen)))
         )
     return finished, remarks
+
+
+def _idle(method: Any, chosen: Mapping[str, Any]) -> list[str]:
+    """Options turned on by hand that do nothing, since the one they belong to is off."""
+    remarks = []
+    for name in chosen:
+        owner = (type(method).model_fields[name].json_schema_extra or {}).get("idle_without")
+        if owner is not None and getattr(method, name) is True and not getattr(method, owner):
+            remarks.append(f"{name} has nothing to do while {owner} is off")
+    return remarks
 
 
 def _published_form(method: Any) -> dict[str, Any]:

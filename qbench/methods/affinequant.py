@@ -24,9 +24,8 @@ from qbench.quant.clipping import Clipping
 from qbench.scheme import Scheme
 from qbench.transforms.transform import DiagonalTransform, MatrixTransform, RotationTransform, Transform
 
-WITH_LET: dict[str, Any] = {
-    "acts_with": "let"
-}  # for `qbench.ablation`: alone, these options have nothing to do
+# without `let` these have nothing to do: an ablation turns it on beside them, a command line says that they are idle
+WITH_LET: dict[str, Any] = {"acts_with": "let", "idle_without": "let"}
 
 
 class AffineQuant(Method):
@@ -94,7 +93,7 @@ class AffineQuant(Method):
     )
     aug_loss: bool | None = Field(
         None,
-        json_schema_extra=WITH_LET,
+        json_schema_extra={"acts_with": "let"},
         description="Add the error to the full-precision block on the same input. Preset: LLaMA, W4A4 and 2-bit.",
     )
     parameters: str | None = Field(

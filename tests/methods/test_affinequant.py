@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qbench.cli.method_options import Setting, apply_settings
+from qbench.config import MethodRequest
 from qbench.engine.lane import Lane
 from qbench.engine.plan import BlockPlan, BlockView, Needs
 from qbench.engine.progress import Listener
@@ -375,3 +377,24 @@ def test_affine_reaches_a_lower_training_loss_than_diagonals(tiny_opt, tokens) -
     diagonal, affine = reconstruct_lanes(tiny_opt, tokens, lanes)
     assert affine.records[0].losses[-1] < diagonal.records[0].losses[-1]
     assert affine.records[0].losses[-1] < affine.records[0].losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "idle"),
+    [
+        ("affinequant", {"let": False, "use_matrix": True}, ["use_matrix"]),
+        (
+            "affinequant+gptq",
+            {"let": False, "use_ln_matrix": True, "shift": True},
+            ["use_ln_matrix", "shift"],
+        ),
+        ("affinequant", {"let": False, "aug_loss": True}, []),
+        ("affinequant", {"let": False, "use_matrix": False}, []),
+        ("affinequant", {"use_matrix": True}, []),
+    ],
+    ids=["a form", "two, composed", "the loss", "off", "with let"],
+)
+def test_options_that_have_nothing_to_do_without_the_transformation_are_named(name, given, idle) -> None:
+    settings = [Setting(None, option, value, f"--{option}") for option, value in given.items()]
+    _, remarks = apply_settings([MethodRequest(name=name)], settings, published=False)
+    assert remarks == [f"{name}: {option} has nothing to do while let is off" for option in idle]
