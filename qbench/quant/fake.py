@@ -68,21 +68,8 @@ class _ClosedForm(torch.autograd.Function):
             inside = torch.eq(rounded, levels, out=rounded)
             by_scale = torch.addcmul(levels, inside, t, value=-1, out=t)  # q − z − inside·t
             ctx.save_for_backward(
-                x,
-                row_scale,
-                column_scale,
-                scaled,
-                low,
-                high,
-                bottom,
-                top,
-                su,
-                sl,
-                free_scale,
-                scale,
-                inside,
-                by_scale,
-            )
+                x, row_scale, column_scale, scaled, low, high, bottom, top, su, sl, free_scale, scale, inside, by_scale
+            )  # fmt: skip
             ctx.grid = grid
         return levels.mul_(scale).view(x.shape).to(out_dtype)
 
@@ -90,21 +77,8 @@ class _ClosedForm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (
-            x,
-            row_scale,
-            column_scale,
-            scaled,
-            low,
-            high,
-            bottom,
-            top,
-            su,
-            sl,
-            free_scale,
-            scale,
-            inside,
-            by_scale,
-        ) = ctx.saved_tensors
+            x, row_scale, column_scale, scaled, low, high, bottom, top, su, sl, free_scale, scale, inside, by_scale
+        ) = ctx.saved_tensors  # fmt: skip
         grid: Grid = ctx.grid
         g = grid.split(_wide(grad))
         grad_scale = by_scale.mul_(g).sum(-1, keepdim=True)
