@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qbench.deploy.backends import BACKENDS
 from qbench.deploy.backends.layer import build
-from qbench.engine import norms, product
+from qbench.engine import product
 from qbench.quant import fake
 from qbench.quant.grid import Grid
 from qbench.quant.uniform import extremes, round_to_nearest
@@ -62,22 +61,6 @@ def test_linear(benchmark, how: str) -> None:
     multiply = torch.nn.functional.linear if how.startswith("floor") else product.linear
 
     benchmark(lambda: torch.autograd.grad(multiply(x, weight, None), (x, weight), upstream))
-
-
-@pytest.mark.benchmark(group="RMSNorm of 256 tokens × 256, forward and backward")
-@pytest.mark.parametrize("how", ["floor: one factor", "closed form", "the model's own", "torch's"])
-def test_rms_norm(benchmark, how: str) -> None:
-    own = LlamaRMSNorm(WIDTH, 1e-6)
-    weight, x = own.weight, torch.randn(1, 256, WIDTH, requires_grad=True)
-    upstream = torch.ones_like(x)
-    compute = {
-        "floor: one factor": lambda: x * weight,
-        "closed form": lambda: norms.rms_norm(x, weight, 1e-6),
-        "the model's own": lambda: own(x),
-        "torch's": lambda: torch.nn.functional.rms_norm(x, (WIDTH,), weight, 1e-6),
-    }[how]
-
-    benchmark(lambda: torch.autograd.grad(compute(), (x, weight), upstream))
 
 
 @pytest.mark.benchmark(group="inverse of 256×256")
