@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from qbench.engine import attention, norms, product
+from qbench.engine import attention, product
 from qbench.engine.product import product_dtype
 from qbench.models.base import BlockSpec
 from qbench.quant.fake import fake_quantize
@@ -57,7 +58,7 @@ class PreparedNorm(nn.Module):
     def __init__(self, norm: nn.Module, has_bias: bool):
         """Take over a norm whose parameters become substitutable."""
         super().__init__()
-        self.rms_epsilon = norms.rms_epsilon(norm)
+        self.rms_epsilon = rms_epsilon(norm)
         self.norm = norm
         self.has_bias = has_bias
         for name in ("weight", "bias"):
@@ -89,12 +90,29 @@ class PreparedNorm(nn.Module):
         return y.to(product_dtype(y))  # once, instead of in each consumer
 
     def _normalized(self, x: Tensor) -> Tensor:
-        """The model's norm; in a training step in few operations, if they compute the same."""
+        """The model's norm; where a GPU trains, as torch's fused kernel if it computes the same."""
+        fused = x.is_cuda and x.dtype == torch.float32 and torch.is_grad_enabled()
         weight: Tensor = self.norm.weight  # type: ignore[assignment]
-        if self.rms_epsilon is not None and x.dtype == torch.float32 and torch.is_grad_enabled():
-            return norms.rms_norm(x, weight, self.rms_epsilon)
+        if fused and self.rms_epsilon is not None:
+            return functional.rms_norm(x, x.shape[-1:], weight, self.rms_epsilon)
         out: Tensor = self.norm(x)
         return out
+
+
+@torch.no_grad()
+def rms_epsilon(norm: nn.Module) -> float | None:
+    """Epsilon of a norm that computes what `functional.rms_norm` does, found by trying both; None for any other."""
+    epsilon, weight = getattr(norm, "variance_epsilon", None), getattr(norm, "weight", None)
+    if epsilon is None or weight is None:
+        return None
+    row = torch.linspace(
+        -1, 3, weight.numel(), dtype=torch.float32, device=weight.device
+    )  # its mean is not 0
+    x = torch.stack((row, row * epsilon**0.5))  # and the second feels epsilon
+    same = torch.allclose(
+        norm(x).float(), functional.rms_norm(x, x.shape[-1:], weight.float(), epsilon), rtol=1e-5, atol=1e-6
+    )
+    return epsilon if same else None
 
 
 class PreparedBlock(nn.Module):
