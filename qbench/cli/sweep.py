@@ -64,13 +64,13 @@ def _plan(**given: Any) -> None:
     from qbench.planning import process_age
 
     checked_s = process_age()
-    workers, counted = sweeps.workers(config.executor, cells)
+    workers, counted_by = sweeps.workers(config.executor, cells)
     with watching() as view:
         view.begin(cells)
         plans = sweeps.plan(cells, view, workers)
     from qbench.cli.plan_table import print_plans
 
-    print_plans(plans, workers, given["format_"], checked_s, counted)
+    print_plans(plans, workers, given["format_"], checked_s, counted_by)
     problems = [f"{plan.model}: {problem}" for plan in plans for problem in plan.problems]
     if problems:
         raise ConfigError(" ".join(problems))
